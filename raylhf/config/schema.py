@@ -1,0 +1,108 @@
+"""Reading the settings models: which keys stand where, of which type, under which union kind."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from raylhf.config.base import Settings
+from raylhf.config.run import RunConfig
+
+Path = tuple[str | int, ...]
+"""A key's way from the top of the file: names of mappings, positions in lists."""
+
+SCALAR_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+
+
+def models_of(annotation: Any) -> tuple[type[Settings], ...]:
+    """The settings models that may stand at a key: none for a plain value, several for a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return (annotation,)
+    if get_origin(annotation) is Annotated:
+        return models_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(model for option in get_args(annotation) for model in models_of(option))
+    return ()
+
+
+def kind_of(model: type[Settings]) -> str | None:
+    """The `kind` that selects the model in its union."""
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field else None
+
+
+def item_of(annotation: Any) -> Any:
+    """The annotation of a list's entries, or None where no list may stand."""
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        return next((item for option in get_args(annotation) if (item := item_of(option)) is not None), None)
+    return None
+
+
+def describe(annotation: Any) -> str:
+    """The type in words."""
+    if get_origin(annotation) is Annotated:
+        return describe(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        items = get_args(annotation)
+        if items[-1] is Ellipsis:
+            return f"a list of {describe(items[0]).removeprefix('a ')}" if not models_of(items[0]) else "a list"
+        return f"a list of {len(items)} {describe(items[0]).removeprefix('a ')}s"
+    models = models_of(annotation)
+    if len(models) > 1:
+        return "a mapping with kind: " + " | ".join(str(kind_of(model)) for model in models)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(describe(option) for option in get_args(annotation))
+    return "a mapping" if models else SCALAR_NAMES[annotation]
+
+
+def locate(loc: Iterable[str | int]) -> tuple[Path, Any]:
+    """A pydantic error location as (path in the file, annotation there).
+
+    Pydantic puts the tag of a tagged union, and the name of a plain union's member, into the location; neither is a
+    key of the file. The annotation is None at a key that no model has.
+    """
+    path: Path = ()
+    annotation: Any = RunConfig
+    models = models_of(annotation)
+    for part in loc:
+        if len(models) > 1:
+            models = tuple(model for model in models if kind_of(model) == part)
+            continue
+        if models:
+            field = models[0].model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        elif isinstance(part, int):
+            annotation = item_of(annotation)
+        else:  # the name of a plain union's member
+            break
+        path += (part,)
+        models = models_of(annotation)
+    return path, annotation
+
+
+def valid_keys(loc: Sequence[str | int]) -> tuple[str, ...]:
+    """The keys of the model that the location `loc` of a key lies in."""
+    models = models_of(RunConfig)
+    for part in loc[:-1]:
+        if len(models) > 1:
+            models = tuple(model for model in models if kind_of(model) == part)
+        elif models:
+            models = models_of(models[0].model_fields[str(part)].annotation) or models_of(
+                item_of(models[0].model_fields[str(part)].annotation)
+            )
+    return tuple(models[0].model_fields)
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """The option most like `word`, if any is."""
+    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def dotted(path: Path) -> str:
+    """The key as it is written on the command line."""
+    return ".".join(str(part) for part in path)

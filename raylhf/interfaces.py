@@ -1,0 +1,88 @@
+"""The contracts between roles, as Protocols: any class that has the methods satisfies them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from raylhf.batch import Prompt, RewardOutput, Rollouts
+
+
+class Reward(Protocol):
+    """A leaf or a node of the reward graph."""
+
+    arity: Literal["point", "group"]
+    """`group` needs all responses of one prompt together; a rollout call delivers whole groups."""
+
+    def score(self, rollouts: Rollouts) -> RewardOutput:
+        """Score each response. A failure is `valid = False` and a sentence in `errors`, never an exception or a 0."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Samples responses and takes new weights."""
+
+    async def generate(
+        self, prompt: Prompt, *, num_responses: int, seed: int
+    ) -> tuple[Rollouts, dict[str, Any]]:
+        """Sample a group. Response j uses seed + j. The second value is a small summary that the driver may read."""
+        ...
+
+    async def join_transfer(self, init_info: Mapping[str, Any]) -> None:
+        """Join the weight-transfer group."""
+        ...
+
+    async def update_weights(self, update_info: Mapping[str, Any], *, policy_version: int) -> int:
+        """Receive one set of weights, drop caches built with the old ones, and return the version read back."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the engine and its child processes."""
+        ...
+
+
+class WeightSource(Protocol):
+    """The policy's full parameters under their checkpoint names, gathered piece by piece.
+
+    Has the shape of `vllm.distributed.weight_transfer.WeightSource`. Iterating is a collective: every rank iterates.
+    """
+
+    def metadata(self) -> Sequence[Any]:
+        """(name, dtype, shape) of each parameter in the order of iteration, without gathering."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class WeightSender(Protocol):
+    """The learner's end of a weight transfer."""
+
+    def send(self) -> None:
+        """Send the source's present weights. Every rank calls it; rank 0 transmits."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Learner(Protocol):
+    """Trains the policy on scored rollouts. Every rank is called with its own share."""
+
+    def update(self, rollouts: Sequence[Rollouts], rewards: Sequence[RewardOutput]) -> dict[str, float]:
+        """One step: advantages, then epochs of minibatches. Returns metrics that are equal on every rank."""
+        ...
+
+    def measure(self, rollouts: Sequence[Rollouts]) -> dict[str, float]:
+        """KL to the reference and entropy on the given responses, without training."""
+        ...
+
+    def publish(self) -> None:
+        """Send the policy's weights to the rollout workers (collective)."""
+        ...
+
+    def save(self, folder: str) -> None: ...
+
+    def load(self, folder: str) -> None: ...
+
+    def export(self, folder: str) -> None:
+        """Write an ordinary Hugging Face folder."""
+        ...

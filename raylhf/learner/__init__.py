@@ -1,0 +1,1 @@
+"""Training with DeepSpeed ZeRO: the only importer of deepspeed."""

