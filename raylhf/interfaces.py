@@ -22,9 +22,7 @@ class Reward(Protocol):
 class RolloutEngine(Protocol):
     """Samples responses and takes new weights."""
 
-    async def generate(
-        self, prompt: Prompt, *, num_responses: int, seed: int
-    ) -> tuple[Rollouts, dict[str, Any]]:
+    async def generate(self, prompt: Prompt, *, num_responses: int, seed: int) -> tuple[Rollouts, dict[str, Any]]:
         """Sample a group. Response j uses seed + j. The second value is a small summary that the driver may read."""
         ...
 
@@ -55,10 +53,30 @@ class WeightSource(Protocol):
 
 
 class WeightSender(Protocol):
-    """The learner's end of a weight transfer."""
+    """The learner's end of a weight transfer. Every learner rank calls every method, in this order.
+
+    The driver passes `prepare` and `update_info` of rank 0 on to the rollout workers, which must be told before
+    `connect` and `send`, because those wait for them.
+    """
+
+    def prepare(self) -> dict[str, Any]:
+        """Open the meeting point and return the rollout side's `init_info` at once (empty on other ranks)."""
+        ...
+
+    def connect(self) -> None:
+        """Wait until every rollout worker has joined."""
+        ...
+
+    def update_info(self) -> dict[str, Any]:
+        """What rollout workers need to receive the weights that the next `send` sends (empty on other ranks)."""
+        ...
 
     def send(self) -> None:
-        """Send the source's present weights. Every rank calls it; rank 0 transmits."""
+        """Send the source's present weights. Every rank gathers; rank 0 transmits."""
+        ...
+
+    def release(self) -> None:
+        """Free what the transfer kept. Call it when every rollout worker has the weights."""
         ...
 
     def close(self) -> None: ...

@@ -1,8 +1,8 @@
 """How the policy (and critic) are trained."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raylhf.config.base import Settings
 
@@ -53,3 +53,10 @@ class LearnerConfig(Settings):
     """GPUs that Ray reserves for one rank."""
     threads: int = Field(default=1, ge=1)
     """Compute threads of one rank on a CPU."""
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # true == 1 to a Literal
+            raise ValueError("must be 0, 1, 2 or 3")
+        return value

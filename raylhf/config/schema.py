@@ -1,7 +1,8 @@
 """Reading the settings models: which keys stand where, of which type, under which union kind."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -45,7 +46,8 @@ def describe(annotation: Any) -> str:
     if get_origin(annotation) is Annotated:
         return describe(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(annotation))
+        values = [str(value) for value in get_args(annotation)]
+        return values[0] if len(values) == 1 else "one of " + ", ".join(values)
     if get_origin(annotation) is tuple:
         items = get_args(annotation)
         if items[-1] is Ellipsis:
@@ -59,21 +61,35 @@ def describe(annotation: Any) -> str:
     return "a mapping" if models else SCALAR_NAMES[annotation]
 
 
-def locate(loc: Iterable[str | int]) -> tuple[Path, Any]:
-    """A pydantic error location as (path in the file, annotation there).
+@dataclass(frozen=True)
+class Location:
+    """Where an error of pydantic lies in the file."""
+
+    path: Path
+    """The key."""
+    annotation: Any
+    """What may stand there; None at a key that no model has."""
+    owner: type[Settings] | None
+    """The model that the last name of the path was looked up in."""
+
+
+def locate(loc: Iterable[str | int]) -> Location:
+    """The place of a pydantic error location.
 
     Pydantic puts the tag of a tagged union, and the name of a plain union's member, into the location; neither is a
-    key of the file. The annotation is None at a key that no model has.
+    key of the file.
     """
     path: Path = ()
     annotation: Any = RunConfig
+    owner: type[Settings] | None = None
     models = models_of(annotation)
     for part in loc:
         if len(models) > 1:
             models = tuple(model for model in models if kind_of(model) == part)
             continue
         if models:
-            field = models[0].model_fields.get(str(part))
+            owner = models[0]
+            field = owner.model_fields.get(str(part))
             annotation = field.annotation if field else None
         elif isinstance(part, int):
             annotation = item_of(annotation)
@@ -81,20 +97,7 @@ def locate(loc: Iterable[str | int]) -> tuple[Path, Any]:
             break
         path += (part,)
         models = models_of(annotation)
-    return path, annotation
-
-
-def valid_keys(loc: Sequence[str | int]) -> tuple[str, ...]:
-    """The keys of the model that the location `loc` of a key lies in."""
-    models = models_of(RunConfig)
-    for part in loc[:-1]:
-        if len(models) > 1:
-            models = tuple(model for model in models if kind_of(model) == part)
-        elif models:
-            models = models_of(models[0].model_fields[str(part)].annotation) or models_of(
-                item_of(models[0].model_fields[str(part)].annotation)
-            )
-    return tuple(models[0].model_fields)
+    return Location(path, annotation, owner)
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:

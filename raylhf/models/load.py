@@ -3,10 +3,12 @@
 import hashlib
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -72,6 +74,18 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     return model
+
+
+def write_model_folder(
+    folder: str, model: PreTrainedModel, state: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write `state` (full weights by checkpoint name) with the model's settings and tokenizer: loadable anywhere."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(dict(state), folder)
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def stop_token_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

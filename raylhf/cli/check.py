@@ -1,0 +1,143 @@
+"""`raylhf check`: the resolved plan of a run."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from raylhf.config.load import load_config
+from raylhf.config.memory import GIB
+from raylhf.config.objective import AdaptiveKLControl
+from raylhf.config.plan import Plan, resolve_plan
+from raylhf.config.reward import RewardConfig, SumReward
+from raylhf.config.run import RunConfig
+
+
+def run_check(path: str, overrides: Sequence[str]) -> int:
+    """Print the plan. Problems stop the loading with a ConfigError; a warning about memory does not."""
+    config = load_config(path, overrides)
+    plan = resolve_plan(config)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{config.name}: {config.num_steps} steps of {config.model.path}", style="bold", markup=False)
+    for part in (_roles(plan), _batch(plan), _reward(config), _objective(config, plan)):
+        console.print()
+        console.print(part)
+    console.print()
+    if plan.memory:
+        console.print(_memory(config, plan))
+    else:
+        console.print("Memory: unknown (model is not local, and not one whose shape is known by name)")
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    console.print("\nno problems found", style="green")
+    return 0
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _roles(plan: Plan) -> Table:
+    table = _table("Roles", "role", "workers", "CPUs each", "GPUs each", "CPUs", "GPUs")
+    for role in plan.roles:
+        cpus, gpus = role.replicas * role.num_cpus, role.replicas * role.num_gpus
+        table.add_row(
+            role.name, str(role.replicas), f"{role.num_cpus:g}", f"{role.num_gpus:g}", f"{cpus:g}", f"{gpus:g}"
+        )
+    cpus = sum(role.replicas * role.num_cpus for role in plan.roles)
+    gpus = sum(role.replicas * role.num_gpus for role in plan.roles)
+    table.add_row("all", str(sum(role.replicas for role in plan.roles)), "", "", f"{cpus:g}", f"{gpus:g}")
+    return table
+
+
+def _batch(plan: Plan) -> Table:
+    batch = plan.batch
+    table = _table("Batch", "quantity", "number")
+    rows = {
+        "prompts per step": batch.prompts_per_step,
+        "responses per step": batch.responses_per_step,
+        "responses per learner rank": batch.responses_per_rank,
+        "responses per rank and minibatch": batch.responses_per_minibatch,
+        "micro-batches per minibatch": batch.micro_batches_per_minibatch,
+        "optimizer steps per rollout batch": batch.optimizer_steps_per_rollout,
+        "optimizer steps of the run (at most)": batch.total_optimizer_steps,
+        "sampled tokens per step (at most)": batch.sampled_tokens_per_step,
+        "prompt and response tokens per step (at most)": batch.tokens_per_step,
+    }
+    for name, number in rows.items():
+        table.add_row(name, f"{number:,}")
+    return table
+
+
+def _reward(config: RunConfig) -> Tree:
+    tree = Tree("Reward", style="bold", guide_style="not bold")
+    _grow(tree, config.reward.graph, "")
+    penalty = config.reward.missing_eos_penalty
+    tree.add(f"minus {penalty:g} where the response ran into max_response_tokens", style="not bold")
+    if config.reward.clip is not None:
+        tree.add(f"clipped to [-{config.reward.clip:g}, {config.reward.clip:g}]", style="not bold")
+    return tree
+
+
+def _grow(tree: Tree, node: RewardConfig, label: str) -> None:
+    if isinstance(node, SumReward):
+        branch = tree.add(f"{label}sum", style="not bold")
+        for part in node.parts:
+            _grow(branch, part.reward, f"{part.weight:g} x {part.name}: ")
+        return
+    settings = node.model_dump(exclude={"kind"})
+    shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    tree.add(f"{label}{node.kind}" + (f" ({shown})" if shown else ""), style="not bold")
+
+
+def _objective(config: RunConfig, plan: Plan) -> Table:
+    objective, kl = config.objective, config.objective.kl
+    estimator = kl.estimator or {"reward": "k1", "loss": "k2"}[kl.placement]
+    table = Table(
+        title="Objective", title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+    )
+    table.add_row("advantage", objective.advantage + (f", {_critic(config, plan)}" if config.has_critic else ""))
+    table.add_row("KL penalty", f"{kl.coef:g} x {estimator} in the {kl.placement}")
+    if isinstance(kl.control, AdaptiveKLControl):
+        target, horizon = kl.control.target_per_sequence, kl.control.horizon
+        table.add_row("KL control", f"adaptive towards {target:g} nats per response over {horizon:g} responses")
+    else:
+        table.add_row("KL control", "fixed")
+    budget = kl.budget_per_sequence
+    table.add_row("KL budget", "none" if budget is None else f"{budget:g} nats per response, then the run stops")
+    table.add_row("weight transfer", plan.weight_transfer)
+    return table
+
+
+def _critic(config: RunConfig, plan: Plan) -> str:
+    critic = config.objective.critic
+    if critic.trunk == "shared":
+        return "value head on the policy's trunk"
+    size = "size unknown" if plan.critic_parameters is None else f"{plan.critic_parameters:,} parameters"
+    return f"critic of its own from {critic.path or 'the policy'} ({size})"
+
+
+def _memory(config: RunConfig, plan: Plan) -> Table:
+    table = _table("Memory of one worker in GiB (an estimate)", "role", "GPU", "host")
+    for estimate in plan.memory:
+        device = f"{estimate.device_bytes / GIB:.2f}" if estimate.device else ""
+        table.add_row(estimate.role, device, f"{estimate.host_bytes / GIB:.2f}")
+        for name in dict.fromkeys((*estimate.device, *estimate.host)):
+            table.add_row(f"  {name}", _gib(estimate.device, name), _gib(estimate.host, name))
+    cluster = config.cluster
+    gpu = f"{plan.gpu_peak_bytes / GIB:.1f} of {cluster.gpu_memory_gib:g}" if cluster.gpus_per_node else ""
+    table.add_row("fullest GPU, node", gpu, f"{plan.host_peak_bytes / GIB:.1f} of {cluster.host_memory_gib:g}")
+    table.caption = (
+        f"{plan.parameters:,} parameters, {plan.trained_parameters:,} trained; an engine's KV cache holds about "
+        f"{plan.kv_cache_tokens:,} tokens"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _gib(items: Mapping[str, float], name: str) -> str:
+    return f"{items[name] / GIB:.2f}" if name in items else ""

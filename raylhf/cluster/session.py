@@ -1,0 +1,99 @@
+"""Starting or joining Ray, and comparing what the run asks for with what the cluster has."""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raylhf.config.cluster import ClusterConfig
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ResourceRequest:
+    """What one role asks of the cluster."""
+
+    role: str
+    replicas: int
+    num_cpus: float
+    num_gpus: float
+
+
+@contextmanager
+def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[None]:
+    """Join the cluster at `config.address`, or start Ray on this machine alone and stop it at the end.
+
+    A Ray that raylhf starts listens on loopback, without a dashboard, and asks for a token made for this run.
+    """
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": dict(env)}}
+    with tempfile.TemporaryDirectory(prefix="raylhf-") as private:
+        if config.address is None:
+            _use_private_token(Path(private))
+            ray.init(
+                num_cpus=config.cpus_per_node,
+                num_gpus=config.gpus_per_node,
+                object_store_memory=int(config.object_store_gib * 2**30),
+                include_dashboard=False,
+                _node_ip_address=LOOPBACK,
+                **common,
+            )
+        else:
+            ray.init(address=config.address, **common)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _use_private_token(folder: Path) -> None:
+    """A token for this Ray alone, in a file that only this user reads (Ray would otherwise share one per home).
+
+    RAY_AUTH_MODE stays as it is: unset, `ray.init` turns tokens on; Ray has read a value set by the user at its import.
+    """
+    token = folder / "ray-token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+
+
+def preflight(requests: Sequence[ResourceRequest]) -> None:
+    """Compare the request with the nodes that are there, before anything starts.
+
+    Raises:
+        ValueError: a role cannot be placed; the sentence names it and what each node has.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    described = ", ".join(f"{n.get('CPU', 0):g} CPU / {n.get('GPU', 0):g} GPU" for n in nodes)
+    for request in requests:
+        if not any(n.get("CPU", 0) >= request.num_cpus and n.get("GPU", 0) >= request.num_gpus for n in nodes):
+            raise ValueError(
+                f"no node can hold one {request.role} ({request.num_cpus:g} CPU, {request.num_gpus:g} GPU); the "
+                f"cluster's nodes have: {described}. Lower {request.role}.num_cpus or num_gpus, or add a larger node."
+            )
+    for resource, unit in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        wanted = sum(r.replicas * getattr(r, unit) for r in requests)
+        there = sum(n.get(resource, 0) for n in nodes)
+        if wanted > there + 1e-6:
+            parts = ", ".join(f"{r.role} {r.replicas} x {getattr(r, unit):g}" for r in requests)
+            raise ValueError(
+                f"the run needs {wanted:g} {resource} ({parts}) but the cluster has {there:g} ({described}). Use fewer "
+                "replicas or ranks, or a larger cluster."
+            )
+
+
+def run_on_cluster(function: Callable[..., Any], *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+    """Call `function` once in a process of its own, so that what it imports and loads is gone afterwards."""
+    reference = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(function).remote(*args, **kwargs)
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise TimeoutError(f"{function.__name__} did not finish within {timeout_s:g} s") from error
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from None

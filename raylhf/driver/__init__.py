@@ -1,0 +1,1 @@
+"""Decides what happens next. It holds references and small numbers; it does no tensor maths."""

@@ -1,0 +1,125 @@
+"""Sampling and scoring: prompts stream through rollout and reward workers without a barrier between them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raylhf.batch import Prompt
+from raylhf.cluster.actors import gather
+from raylhf.config import RunConfig
+from raylhf.driver.workers import Workers
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The responses of one prompt: references to the data, and small numbers about them."""
+
+    rollouts: Any
+    """Reference to Rollouts."""
+    rewards: Any
+    """Reference to RewardOutput."""
+    rollout_summary: dict[str, Any]
+    reward_summary: dict[str, Any]
+
+
+def collect(
+    config: RunConfig,
+    workers: Workers,
+    prompts: Sequence[Prompt],
+    *,
+    num_responses: int,
+    seed_key: Sequence[int],
+    should_stop: Callable[[], bool],
+) -> list[ScoredGroup]:
+    """Sample and score `num_responses` for each prompt, in the prompts' order.
+
+    A group goes to its reward worker the moment it is sampled: the reward call waits for the rollout's reference in
+    Ray, not for the batch. Seeds depend on `seed_key` and the prompt alone, so the number of workers changes nothing.
+    """
+    submitted = []
+    for i, prompt in enumerate(prompts):
+        rollouts, rollout_summary = workers.rollout.submit(
+            i % len(workers.rollout),
+            "generate",
+            prompt,
+            num_responses=num_responses,
+            seed=response_seed(config.seed, *seed_key, prompt.index),
+            num_returns=2,
+        )
+        rewards, reward_summary = workers.reward.submit(i % len(workers.reward), "score", rollouts, num_returns=2)
+        submitted.append((rollouts, rewards, rollout_summary, reward_summary))
+    summaries = {}
+    for i, (prompt, (_, _, rollout_summary, reward_summary)) in enumerate(zip(prompts, submitted, strict=True)):
+        sampler = workers.rollout.name(i % len(workers.rollout))
+        scorer = workers.reward.name(i % len(workers.reward))
+        summaries[f"{sampler} (prompt {prompt.index})"] = rollout_summary
+        summaries[f"{scorer} (prompt {prompt.index})"] = reward_summary
+    values = gather(
+        summaries, phase="rollout and reward", timeout_s=config.cluster.step_timeout_s, should_stop=should_stop
+    )
+    return [
+        ScoredGroup(rollouts, rewards, rollout_summary=values[2 * i], reward_summary=values[2 * i + 1])
+        for i, (rollouts, rewards, _, _) in enumerate(submitted)
+    ]
+
+
+def response_seed(*key: int) -> int:
+    """A seed of 31 bits that any change of the key scatters; a group uses it and the numbers after it."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+
+
+def share_among_ranks(groups: Sequence[ScoredGroup], num_ranks: int) -> list[list[ScoredGroup]]:
+    """Whole groups to ranks: equally many on each, tokens balanced (longest first, back and forth)."""
+    by_length = sorted(groups, key=lambda group: -group.rollout_summary["num_tokens"])
+    shares: list[list[ScoredGroup]] = [[] for _ in range(num_ranks)]
+    for i, group in enumerate(by_length):
+        lap, place = divmod(i, num_ranks)
+        shares[place if lap % 2 == 0 else num_ranks - 1 - place].append(group)
+    return shares
+
+
+def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | None = None) -> dict[str, float]:
+    """Scores and response lengths of a batch; `area` is `reward` for training and `eval` for held-out prompts.
+
+    Raises:
+        ValueError: not one response got a valid score; the sentence gives the first reasons.
+    """
+    scores = np.concatenate([group.reward_summary["scores"] for group in groups])
+    valid = np.concatenate([group.reward_summary["valid"] for group in groups])
+    lengths = np.concatenate([group.rollout_summary["lengths"] for group in groups])
+    truncated = sum(group.rollout_summary["num_truncated"] for group in groups) / len(lengths)
+    if not valid.any():
+        reasons = [error for group in groups for error in group.reward_summary["errors"]][:3]
+        raise ValueError(f"no response of the batch got a valid score ({len(valid)} responses): {'; '.join(reasons)}")
+    scored = scores[valid]
+    metrics = {
+        f"{area}/score_mean": float(scored.mean()),
+        f"{area}/score_se": float(scored.std(ddof=1) / np.sqrt(len(scored))) if len(scored) > 1 else 0.0,
+    }
+    for name in groups[0].reward_summary["parts"]:
+        part = np.concatenate([group.reward_summary["parts"][name] for group in groups])
+        metrics[f"{area}/part/{name}_mean"] = float(part[valid].mean())
+    prefix = "eval" if area == "eval" else "rollout"
+    metrics |= {f"{prefix}/response_length_mean": float(lengths.mean()), f"{prefix}/truncated_frac": truncated}
+    if area == "eval":
+        return metrics
+    num_tokens = int(lengths.sum())
+    metrics |= {
+        "reward/score_std": float(scored.std()),
+        "reward/invalid_count": float((~valid).sum()),
+        "rollout/response_length_p95": float(np.percentile(lengths, 95)),
+        "rollout/zero_length_count": float((lengths == 0).sum()),
+        "rollout/num_tokens": float(num_tokens),
+    }
+    if seconds is not None:
+        metrics["rollout/tokens_per_s"] = num_tokens / seconds
+    return metrics
+
+
+def timed() -> Callable[[], float]:
+    """Seconds since this call."""
+    started = time.perf_counter()
+    return lambda: time.perf_counter() - started

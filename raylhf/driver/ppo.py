@@ -1,0 +1,165 @@
+"""The training loop: sample, score, learn, publish."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raylhf.batch import Prompt
+from raylhf.cluster.actors import StopRequestedError, gather
+from raylhf.config import RunConfig
+from raylhf.driver.checkpoints import begin_checkpoint, commit_checkpoint
+from raylhf.driver.collect import ScoredGroup, batch_metrics, collect, share_among_ranks, timed
+from raylhf.driver.evaluate import Evaluation, evaluate, sample_rows
+from raylhf.driver.memory import total_rss_gib
+from raylhf.driver.workers import Workers
+from raylhf.text.prompts import PromptOrder
+from raylhf.tracking import Tracker
+
+_TRAIN_SEED, _EVAL_SEED = 0, 1
+
+
+@dataclass
+class Run:
+    """What the loop works with, and where it stands."""
+
+    config: RunConfig
+    folder: Path
+    workers: Workers
+    tracker: Tracker
+    order: PromptOrder
+    held_out: Sequence[Prompt]
+    should_stop: Callable[[], bool]
+    dropped_overlong: int
+    evaluations: list[dict[str, Any]]
+    """Held-out evaluations so far, oldest first."""
+    step: int = 0
+    """Steps done; also the version of the weights."""
+
+
+def train_ppo(run: Run) -> str:
+    """Train until the last step; returns why it ended: `complete`, `stopped` or `over KL budget`."""
+    config = run.config
+    publish_weights(run)  # a resumed learner is ahead of the folder that the engines loaded
+    if not run.evaluations:
+        evaluate_now(run)
+    saved_step, status = run.step, "complete"
+    while run.step < config.num_steps:
+        try:
+            kl = train_step(run)
+        except StopRequestedError:
+            status = "stopped"
+            break
+        if run.step % (config.checkpoint.every_steps or config.num_steps) == 0:
+            save(run)
+            saved_step = run.step
+        budget = config.objective.kl.budget_per_sequence
+        if budget is not None and kl > budget:
+            status = "over KL budget"
+            break
+        if run.should_stop():
+            status = "stopped"
+            break
+        every = config.evaluation.every_steps
+        if every and run.step % every == 0 and run.step < config.num_steps:
+            evaluate_now(run)
+    if status != "stopped" and (not run.evaluations or run.evaluations[-1]["step"] < run.step):
+        evaluate_now(run)
+    if saved_step < run.step:
+        save(run)
+    return status
+
+
+def train_step(run: Run) -> float:
+    """One rollout batch from prompts to published weights; returns its KL to the reference per response."""
+    config, step_seconds = run.config, timed()
+    position = run.order.state()
+    prompts = run.order.draw(config.rollout.prompts_per_step)
+    run.tracker.set_phase("rollout")
+    rollout_seconds = timed()
+    try:
+        groups = collect(
+            config,
+            run.workers,
+            prompts,
+            num_responses=config.rollout.group_size,
+            seed_key=(_TRAIN_SEED, run.step),
+            should_stop=run.should_stop,
+        )
+    except StopRequestedError:
+        run.order.restore(position)  # what was drawn was not consumed
+        raise
+    seconds = rollout_seconds()
+    metrics = {"time/rollout_s": seconds, **batch_metrics(groups, area="reward", seconds=seconds)}
+    metrics["rollout/policy_version"] = min(group.rollout_summary["policy_version"] for group in groups)
+    run.tracker.set_phase("learn")
+    learn_seconds = timed()
+    metrics |= learn(run, groups)
+    metrics["time/learn_s"] = learn_seconds()
+    run.step += 1
+    run.tracker.set_phase("sync")
+    metrics |= publish_weights(run)
+    metrics |= {
+        "time/sync_s": metrics["sync/seconds"],
+        "time/step_s": step_seconds(),
+        "data/epoch": run.order.epochs_done,
+        "data/dropped_overlong_count": run.dropped_overlong,
+        "memory/total_rss_gib": total_rss_gib(),
+    }
+    run.tracker.log_histogram(run.step, "reward/score", [s for g in groups for s, ok in zip(g.reward_summary["scores"], g.reward_summary["valid"], strict=True) if ok])
+    run.tracker.log_histogram(
+        run.step, "rollout/response_length", [n for g in groups for n in g.rollout_summary["lengths"]]
+    )
+    rows = sample_rows(groups, limit=config.tracking.samples_per_step)
+    run.tracker.log_samples(run.step, rows, name="train")
+    run.tracker.log(run.step, metrics)
+    return metrics["policy/kl_to_ref"]
+
+
+def learn(run: Run, groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Give every rank its whole groups, by reference, and update."""
+    learners = run.workers.learner
+    shares = share_among_ranks(groups, len(learners))
+    updates = {
+        learners.name(rank): learners.submit(
+            rank, "update", [group.rollouts for group in share], [group.rewards for group in share]
+        )
+        for rank, share in enumerate(shares)
+    }
+    return gather(updates, phase="learning", timeout_s=run.config.cluster.step_timeout_s)[0]
+
+
+def publish_weights(run: Run) -> dict[str, float]:
+    """Send the learners' weights to every rollout worker as version `run.step`, and read the version back."""
+    timeout_s, learners, rollout = run.config.cluster.step_timeout_s, run.workers.learner, run.workers.rollout
+    seconds = timed()
+    update_info = learners.call_all("weight_update_info", timeout_s=timeout_s)[0]
+    updates = rollout.submit_all("update_weights", update_info, policy_version=run.step)
+    results = gather(updates | learners.submit_all("publish"), phase="weight sync", timeout_s=timeout_s)
+    num_bytes = results[len(rollout)]
+    learners.call_all("release_weights", timeout_s=timeout_s)
+    elapsed = seconds()
+    return {"sync/seconds": elapsed, "sync/bytes": num_bytes, "sync/gb_per_s": num_bytes / elapsed / 1e9}
+
+
+def evaluate_now(run: Run) -> None:
+    """Evaluate the present policy on the held-out prompts, always with the same seeds."""
+    if not run.held_out:
+        return
+    run.tracker.set_phase("evaluation")
+    seconds = timed()
+    result: Evaluation = evaluate(
+        run.config, run.workers, run.held_out, seed_key=(_EVAL_SEED,), should_stop=run.should_stop
+    )
+    run.evaluations.append({"step": run.step, "metrics": result.metrics, "samples": result.samples})
+    run.tracker.log(run.step, {**result.metrics, "time/eval_s": seconds()})
+    run.tracker.log_samples(run.step, result.samples, name="held_out")
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of everything that the rest of the run depends on."""
+    run.tracker.set_phase("checkpoint")
+    folder = begin_checkpoint(run.folder, run.step)
+    run.workers.learner.call_all("save", str(folder), timeout_s=run.config.cluster.step_timeout_s)
+    state = {"step": run.step, "order": run.order.state(), "evaluations": run.evaluations}
+    commit_checkpoint(folder, step=run.step, state=state, keep=run.config.checkpoint.keep)

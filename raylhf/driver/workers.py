@@ -1,0 +1,139 @@
+"""The three roles of a run: starting them, connecting learners with rollout workers, ending them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+
+from raylhf.cluster.actors import ActorGroup, WorkerError, gather, start_group
+from raylhf.cluster.session import ResourceRequest, preflight
+from raylhf.config import RunConfig
+from raylhf.driver.roles import learner_worker, reward_worker, rollout_worker, weight_sender
+
+CLOSE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The groups of a run."""
+
+    rollout: ActorGroup
+    reward: ActorGroup
+    learner: ActorGroup
+
+
+def resource_requests(config: RunConfig) -> list[ResourceRequest]:
+    """What each role asks of the cluster."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    return [
+        ResourceRequest("rollout", rollout.replicas, rollout.num_cpus, rollout.num_gpus),
+        ResourceRequest("reward", reward.replicas, reward.num_cpus, 0.0),
+        ResourceRequest("learner", learner.num_ranks, learner.num_cpus, learner.num_gpus),
+    ]
+
+
+@contextmanager
+def running_workers(
+    config: RunConfig, folder: str, critic_folder: str, *, should_stop: Callable[[], bool]
+) -> Iterator[Workers]:
+    """Start all workers, hand them out when all are ready and connected, and end them and their children after."""
+    preflight(resource_requests(config))
+    workers = _create(config, folder, critic_folder)
+    children: list[int] = []
+    try:
+        starts = workers.rollout.submit_all("start") | _start_learners(config, workers.learner)
+        gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
+        children = _child_pids(config, workers)
+        _connect(config, workers)
+        yield workers
+    finally:
+        _end(workers, children)
+
+
+def _create(config: RunConfig, folder: str, critic_folder: str) -> Workers:
+    learner, rollout = config.learner, config.rollout
+    learner_env = {"OMP_NUM_THREADS": str(learner.threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if learner.num_gpus == 0:
+        learner_env["DS_ACCELERATOR"] = "cpu"
+    return Workers(
+        rollout=start_group(
+            "rollout",
+            rollout_worker,
+            [((config, folder), {"replica": i}) for i in range(rollout.replicas)],
+            num_cpus=rollout.num_cpus,
+            num_gpus=rollout.num_gpus,
+            env={"OMP_NUM_THREADS": str(rollout.threads)},
+            is_async=True,
+        ),
+        reward=start_group(
+            "reward",
+            reward_worker,
+            [((config.reward,), {}) for _ in range(config.reward.replicas)],
+            num_cpus=config.reward.num_cpus,
+            num_gpus=0,
+            env={"OMP_NUM_THREADS": "1"},
+        ),
+        learner=start_group(
+            "learner",
+            learner_worker,
+            [((config, folder, critic_folder), {"rank": rank}) for rank in range(learner.num_ranks)],
+            num_cpus=learner.num_cpus,
+            num_gpus=learner.num_gpus,
+            env=learner_env,
+        ),
+    )
+
+
+def _start_learners(config: RunConfig, learners: ActorGroup) -> dict[str, Any]:
+    timeout_s = config.cluster.start_timeout_s
+    host = learners.node_ip(0, timeout_s=timeout_s)
+    port = gather({learners.name(0): learners.submit(0, "open_rendezvous")}, phase="rendezvous", timeout_s=timeout_s)[0]
+    return learners.submit_all("start", host, port)
+
+
+def _connect(config: RunConfig, workers: Workers) -> None:
+    """Open the weight transfer between rank 0 of the learners and every rollout worker."""
+    timeout_s = config.cluster.start_timeout_s
+    tensor_parallel = config.rollout.tensor_parallel_size
+    make_sender = partial(
+        weight_sender,
+        config.weight_transfer,
+        world_size_of_rollout=config.rollout.replicas * tensor_parallel,
+        host=workers.learner.node_ip(0, timeout_s=timeout_s),
+        timeout_s=timeout_s,
+    )
+    init_info = workers.learner.call_all("prepare_sender", make_sender, timeout_s=timeout_s)[0]
+    joins = {
+        workers.rollout.name(i): workers.rollout.submit(i, "join_transfer", init_info)
+        for i in range(len(workers.rollout))
+    }
+    gather(joins | workers.learner.submit_all("connect_sender"), phase="connecting weight transfer", timeout_s=timeout_s)
+
+
+def _child_pids(config: RunConfig, workers: Workers) -> list[int]:
+    """Child processes of rollout workers on this machine (none are looked up on another node)."""
+    if config.cluster.address is not None:
+        return []
+    return [pid for pids in workers.rollout.call_all("child_pids", timeout_s=CLOSE_TIMEOUT_S) for pid in pids]
+
+
+def _end(workers: Workers, children: list[int]) -> None:
+    """Ask workers to close, within a deadline, then end what is left."""
+    try:
+        gather(
+            workers.rollout.submit_all("close") | workers.learner.submit_all("close"),
+            phase="closing",
+            timeout_s=CLOSE_TIMEOUT_S,
+        )
+    except (WorkerError, ValueError):
+        pass  # a worker that does not close is ended below; the failure that led here is the one to report
+    for group in (workers.rollout, workers.reward, workers.learner):
+        group.kill()
+    for pid in children:
+        try:
+            psutil.Process(pid).kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,129 @@
+"""DeepSpeed: process group, engine settings, gathering. The only file that imports deepspeed."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from raylhf.config.learner import LearnerConfig
+
+
+def open_store(*, timeout_s: float) -> dist.TCPStore:
+    """Rank 0's rendezvous store, on a port that the system chooses: no race for a free port."""
+    return dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join_group(
+    store: dist.TCPStore | None, *, host: str, port: int, rank: int, world_size: int, use_gpu: bool, timeout_s: float
+) -> None:
+    """Join the learners' process group, within a deadline; DeepSpeed then uses it."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each rank its own device
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if not use_gpu:
+        # DeepSpeed would compile a shared-memory op with g++ here: up to a minute, a lock that a killed build leaves
+        # behind, and nothing gained for a handful of small reductions.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def engine_settings(config: LearnerConfig, *, use_bf16: bool, hidden_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Accumulation is 1: the learner itself sets the boundaries and owns the denominator."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 10 * hidden_size, "stage3_prefetch_bucket_size": 0}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": use_bf16},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        # Reductions in the parameters' own type: float32 stays float32.
+        "communication_data_type": "bfp16" if use_bf16 else "fp32",
+    }
+
+
+@contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Within it, `from_pretrained` partitions weights as it reads them if the stage is 3: no rank holds the model."""
+    keep_alive = HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None
+    try:
+        yield
+    finally:
+        del keep_alive
+
+
+def build_engine(
+    module: nn.Module, groups: Sequence[dict[str, Any]], config: LearnerConfig, settings: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """A training engine over `module` with AdamW on the given parameter groups."""
+    options = {"betas": config.adam_betas, "eps": config.adam_eps, "weight_decay": config.weight_decay}
+    if config.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(list(groups), adamw_mode=True, **options)
+    else:
+        optimizer = torch.optim.AdamW(list(groups), **options)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
+def build_frozen(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """A frozen model for forward passes: partitioned under stage 3, an ordinary module otherwise."""
+    module.requires_grad_(False).eval()
+    if settings["zero_optimization"]["stage"] != 3:
+        return module
+    engine, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    return engine
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The full values of `parameters` on every rank, for reading. Not to be nested: leaving it partitions again."""
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=None):
+        yield
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape before partitioning (a partitioned parameter has 0 elements)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def optimizer_step(
+    engine: deepspeed.DeepSpeedEngine, micro_losses: Sequence[Callable[[], Tensor]], lrs: Sequence[float]
+) -> float:
+    """One optimizer step over losses that are computed one after the other; returns the gradient's norm.
+
+    Each loss is already divided by the step's global denominator. DeepSpeed takes the mean over ranks, so the loss is
+    multiplied by their number: what is minimised is the sum over all micro-batches and ranks.
+    """
+    for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr
+    for i, compute in enumerate(micro_losses):
+        engine.set_gradient_accumulation_boundary(i == len(micro_losses) - 1)
+        engine.backward(compute() * dist.get_world_size())
+    norm = _plain_gradient_norm(engine) if engine.zero_optimization_stage() == 0 else None
+    engine.step()
+    return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def _plain_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """DeepSpeed keeps no norm of unpartitioned float32 gradients; they are reduced and unclipped at this point."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None

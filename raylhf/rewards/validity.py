@@ -1,0 +1,55 @@
+"""What makes a score valid, and how a failure is told."""
+
+import math
+from collections.abc import Callable, Sized
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from raylhf.batch import Prompt, RewardOutput, Rollouts
+
+
+def score_each(name: str, rollouts: Rollouts, score_one: Callable[[Prompt, str], Any]) -> RewardOutput:
+    """`score_one(prompt, response_text)` of each response. Whatever it raises makes that one score invalid."""
+    scores = np.full(len(rollouts), np.nan)
+    errors = []
+    for i, (prompt, response) in enumerate(zip(rollouts.prompts, rollouts.response_texts, strict=True)):
+        try:
+            scores[i] = as_score(score_one(prompt, response))
+        except Exception as error:  # a user's function may raise anything; the failure is kept, and counted as invalid
+            errors.append(f"{name}: prompt {prompt.index}: {type(error).__name__}: {error}")
+    return RewardOutput(scores=scores, valid=~np.isnan(scores), errors=tuple(errors))
+
+
+def as_score(value: Any) -> float:
+    """`value` as a finite float. Numbers, numpy scalars and one-element tensors count; None and text do not."""
+    if not isinstance(value, Real) and not hasattr(value, "item"):
+        raise TypeError(f"the score is {value!r}, not a number")
+    score = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(score):
+        raise ValueError(f"the score is {score}")
+    return score
+
+
+def all_invalid(num_responses: int, sentence: str) -> RewardOutput:
+    """No score for any response, for one reason."""
+    return RewardOutput(
+        scores=np.full(num_responses, np.nan), valid=np.zeros(num_responses, dtype=bool), errors=(sentence,)
+    )
+
+
+def checked(name: str, output: RewardOutput, num_responses: int) -> RewardOutput:
+    """`output` if it has one entry a response, else all invalid. A score called valid that is not finite is invalid."""
+    columns: dict[str, Sized] = {"scores": output.scores, "valid": output.valid, **output.parts}
+    if output.token_scores is not None:
+        columns["token_scores"] = output.token_scores
+    for column, values in columns.items():
+        if len(values) != num_responses:
+            return all_invalid(num_responses, f"{name}: {len(values)} {column} for {num_responses} responses")
+    valid = output.valid & np.isfinite(output.scores)
+    errors = output.errors
+    if num_broken := int((output.valid & ~valid).sum()):
+        errors += (f"{name}: {num_broken} scores are called valid and are not finite",)
+    return replace(output, scores=np.where(valid, output.scores, np.nan), valid=valid, errors=errors)

@@ -1,0 +1,160 @@
+"""Every metric that a run may log, with its meaning. `Tracker.log` refuses a key that is not here."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """One line of the catalogue."""
+
+    meaning: str
+    unit: str
+    healthy: str = ""
+    """What to expect of a run that goes well; empty where nothing general is known."""
+
+
+METRICS: dict[str, Metric] = {
+    # reward: what the reward plane gave the sampled responses
+    "reward/score_mean": Metric(
+        "Mean score of the valid responses, after missing-EOS penalty and clip", "reward", "rises, then levels off"
+    ),
+    "reward/score_std": Metric("Standard deviation of the scores over responses", "reward", "above 0"),
+    "reward/score_se": Metric("Standard error of reward/score_mean, responses of one prompt as one cluster", "reward"),
+    "reward/total_mean": Metric("Mean of score minus KL penalty: what PPO maximises", "reward", "rises"),
+    "reward/invalid_count": Metric("Responses whose score failed; they are dropped", "responses", "0"),
+    "reward/part/<name>_mean": Metric("Mean score of one named part of the reward graph, before its weight", "reward"),
+    # rollout: what the engine sampled
+    "rollout/response_length_mean": Metric("Mean response length, end token included", "tokens", "steady"),
+    "rollout/response_length_p95": Metric("95th percentile of the response length", "tokens", "below the limit"),
+    "rollout/truncated_frac": Metric("Share of responses that ran into max_response_tokens", "0 to 1", "below 0.1"),
+    "rollout/zero_length_count": Metric("Responses without a single token; they are dropped", "responses", "0"),
+    "rollout/tokens_per_s": Metric("Response tokens of all rollout workers by the time of the rollout", "tokens/s"),
+    "rollout/num_tokens": Metric("Response tokens of the step", "tokens"),
+    "rollout/policy_version": Metric("Oldest version of the weights that sampled the step's responses", "version"),
+    # policy: the update
+    "policy/loss": Metric("Policy loss, averaged over the optimizer steps of the batch", "loss", "around 0"),
+    "policy/clip_frac": Metric("Share of response tokens whose ratio was clipped", "0 to 1", "0.01 to 0.3"),
+    "policy/approx_kl": Metric("KL(old || new) per response token that the update made (k3)", "nats", "below 0.02"),
+    "policy/ratio_mean": Metric("Mean probability ratio new / old over response tokens", "ratio", "0.99 to 1.01"),
+    "policy/ratio_max": Metric("Largest probability ratio new / old", "ratio", "below 10"),
+    "policy/first_ratio_error": Metric(
+        "Largest |ratio - 1| at the first minibatch, before any update: old and new must agree", "ratio", "below 1e-3"
+    ),
+    "policy/entropy": Metric("Mean entropy of the policy's next-token distribution", "nats", "falls slowly, not to 0"),
+    "policy/kl_to_ref": Metric("KL to the reference, summed over a response (k1), mean", "nats", "rises slowly"),
+    "policy/kl_to_ref_k3": Metric("KL to the reference, summed over a response (k3, never negative), mean", "nats"),
+    "policy/kl_to_ref_per_token": Metric("KL to the reference per response token (k1)", "nats", "below 0.2"),
+    "policy/grad_norm": Metric("Norm of the policy's gradient before it is scaled down", "norm", "steady"),
+    "policy/lr": Metric("Learning rate of the policy", "rate"),
+    "policy/epochs_done": Metric("Passes over the batch; fewer than num_epochs after approx_kl_limit", "epochs"),
+    "policy/log_ratio_clamp_frac": Metric("Share of tokens whose log-ratio left [-20, 20]", "0 to 1", "0"),
+    # kl: the penalty
+    "kl/coef": Metric("Weight of the KL penalty", "reward/nat", "steady once the KL is at its target"),
+    "kl/penalty_mean": Metric("Coefficient times KL per response, mean", "reward", "below the spread of the scores"),
+    # advantage, critic
+    "advantage/mean": Metric("Mean advantage over response tokens, before whitening", "reward", "around 0"),
+    "advantage/std": Metric("Standard deviation of the advantages, before whitening", "reward", "above 0"),
+    "critic/loss": Metric("Value loss, averaged over the optimizer steps of the batch", "loss", "falls, then steady"),
+    "critic/clip_frac": Metric("Share of response tokens whose value change was clipped", "0 to 1", "below 0.3"),
+    "critic/explained_variance": Metric("1 - Var(returns - values) / Var(returns)", "at most 1", "rises above 0.3"),
+    "critic/value_mean": Metric("Mean value over response tokens", "reward", "near reward/total_mean"),
+    "critic/grad_norm": Metric("Norm of the critic's gradient before it is scaled down", "norm", "steady"),
+    "critic/lr": Metric("Learning rate of the critic", "rate"),
+    # mismatch: engine against learner at equal weights
+    "mismatch/abs_dlogprob_mean": Metric(
+        "Mean |learner - engine| log-probability of the sampled tokens", "nats", "below 0.01; 1e-4 in float32"
+    ),
+    "mismatch/kl": Metric("KL(engine || learner) per response token (k3)", "nats", "below 0.001"),
+    "mismatch/ratio_max": Metric("Largest probability ratio learner / engine", "ratio", "below 2"),
+    "mismatch/capped_frac": Metric(
+        "Share of tokens whose importance weight met importance_cap", "0 to 1", "below 0.01"
+    ),
+    # data
+    "data/epoch": Metric("Epochs drawn from the training prompts", "epochs"),
+    "data/dropped_overlong_count": Metric("Prompts longer than max_prompt_tokens, dropped at the start", "prompts"),
+    "data/dropped_responses_count": Metric("Responses of the step that were not trained on", "responses", "0"),
+    # sync: weights from learner to rollout workers
+    "sync/seconds": Metric("Time of one weight transfer, all rollout workers", "s"),
+    "sync/gb_per_s": Metric("Bytes of the weights by sync/seconds, for one receiver", "GB/s"),
+    "sync/bytes": Metric("Bytes of the weights sent", "bytes"),
+    # time
+    "time/rollout_s": Metric("Sampling, and scoring of what is sampled meanwhile", "s"),
+    "time/reward_s": Metric("Scoring, summed over reward workers; overlaps the rollout", "s"),
+    "time/learn_s": Metric("Learning: log-probabilities, values and updates", "s"),
+    "time/sync_s": Metric("Weight sync as the driver sees it", "s"),
+    "time/step_s": Metric("The whole step without evaluation and saving", "s"),
+    "time/eval_s": Metric("Evaluation on the held-out prompts", "s"),
+    "time/save_s": Metric("Saving a checkpoint", "s"),
+    "learn/logprobs_s": Metric("Forward passes before the update: old and reference log-probabilities, values", "s"),
+    "learn/update_s": Metric("Forward and backward passes of the update, optimizer steps included", "s"),
+    "learn/tokens_per_s": Metric("Prompt and response tokens of the batch by time/learn_s", "tokens/s"),
+    # memory
+    "memory/learner_peak_gib": Metric("Largest peak over learner ranks: GPU memory, on a CPU resident memory", "GiB"),
+    "memory/total_rss_gib": Metric("Resident memory of all processes of the run", "GiB", "steady"),
+    # eval: the policy on held-out prompts
+    "eval/score_mean": Metric("Mean score on the held-out prompts", "reward", "rises with reward/score_mean"),
+    "eval/score_se": Metric("Standard error of eval/score_mean, responses of one prompt as one cluster", "reward"),
+    "eval/kl_to_ref": Metric("KL to the reference per held-out response (k1), mean", "nats"),
+    "eval/response_length_mean": Metric("Mean length of the held-out responses", "tokens"),
+    "eval/truncated_frac": Metric("Share of held-out responses that ran into max_response_tokens", "0 to 1"),
+    "eval/entropy": Metric("Mean entropy of the policy on the held-out responses", "nats"),
+    "eval/invalid_count": Metric("Held-out responses whose score failed", "responses", "0"),
+    "eval/part/<name>_mean": Metric("Mean held-out score of one named part of the reward graph", "reward"),
+    # tracking
+    "tracking/wandb_errors": Metric("Calls to Weights & Biases that failed so far; the run goes on", "calls", "0"),
+}
+"""Metrics by key. `<name>` stands for the name of a part of the reward graph; nested names are joined by `/`."""
+
+HISTOGRAMS: dict[str, Metric] = {
+    "reward/score": Metric("Scores of the valid responses", "reward"),
+    "rollout/response_length": Metric("Response lengths", "tokens"),
+    "policy/kl_to_ref_response": Metric("KL to the reference of each response (k1)", "nats"),
+    "mismatch/abs_dlogprob": Metric("|learner - engine| log-probability of each sampled token", "nats"),
+}
+"""Distributions by key; `metrics.jsonl` gets their quantiles as KEY_p05, KEY_p50 and KEY_p95."""
+
+QUANTILES = {"p05": 0.05, "p50": 0.50, "p95": 0.95}
+PART_NAME = "[a-z0-9_/]+"
+PATTERNS = [re.compile(re.escape(key).replace("<name>", PART_NAME)) for key in METRICS if "<name>" in key]
+
+
+def is_metric(key: str) -> bool:
+    """Whether the catalogue has `key`, literally or by a `<name>` pattern."""
+    return "<name>" not in key and (key in METRICS or any(pattern.fullmatch(key) for pattern in PATTERNS))
+
+
+def require_metrics(keys: Iterable[str]) -> None:
+    """ValueError for keys that the catalogue lacks, with the nearest ones that it has."""
+    if unknown := [key for key in keys if not is_metric(key)]:
+        raise ValueError("; ".join(unknown_key(key, METRICS) for key in unknown))
+
+
+def require_histogram(key: str) -> None:
+    """ValueError for a histogram that the catalogue lacks."""
+    if key not in HISTOGRAMS:
+        raise ValueError(unknown_key(key, HISTOGRAMS))
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What to say of a key that is not in the catalogue."""
+    nearest = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{key!r} is not in raylhf/tracking/catalogue.py{hint} (a new one needs a line there and in docs/metrics.md)"
+
+
+def render_catalogue() -> str:
+    """The catalogue as the Markdown tables of docs/metrics.md."""
+    return f"{markdown_table(METRICS)}\n\nHistograms:\n\n{markdown_table(HISTOGRAMS)}\n"
+
+
+def markdown_table(metrics: dict[str, Metric]) -> str:
+    """One row a metric."""
+    rows = [(f"`{key}`", *metric) for key, metric in metrics.items()]
+    lines = [("key", "meaning", "unit", "healthy"), ("---", "---", "---", "---"), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(render_catalogue(), end="")

@@ -1,0 +1,105 @@
+"""The tracker: what the driver knows goes to JSONL files, Weights & Biases and the console by one call."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, SupportsFloat
+
+import numpy as np
+
+from raylhf.config.run import RunConfig
+from raylhf.tracking.catalogue import QUANTILES, require_histogram, require_metrics
+from raylhf.tracking.console import build_console
+from raylhf.tracking.jsonl import JsonlFile, plain
+from raylhf.tracking.redaction import without_secrets
+
+
+class Tracker:
+    """Logs a run into its folder: `metrics.jsonl` (one row a step), `samples.jsonl`, `summary.json`, `wandb/`.
+
+    Step 0 is the state before training, step k the k-th rollout batch; steps never go back. `resume_step` is the first
+    step that will be logged again: rows from there on are cut off. None starts anew and moves older files aside.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, resume_step: int | None):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
+        self._num_samples = {"train": config.tracking.samples_per_step, "held_out": config.evaluation.num_samples}
+        self._metrics = JsonlFile(run_dir / "metrics.jsonl", resume_step=resume_step)
+        self._samples = JsonlFile(run_dir / "samples.jsonl", resume_step=resume_step)
+        self._row: dict[str, Any] = self._metrics.kept_rows[-1] if self._metrics.kept_rows else {"step": -1}
+        self._is_finished = False
+        self._wandb = None
+        if config.tracking.wandb != "disabled":
+            from raylhf.tracking.wandb_run import WandbRun
+
+            self._wandb = WandbRun(
+                config.tracking,
+                name=config.name,
+                run_dir=run_dir,
+                settings=without_secrets(config.model_dump(mode="json")),
+                is_resumed=resume_step is not None,
+            )
+        self._console = build_console(
+            config.tracking.console, title=config.name, num_steps=config.num_steps, history=self._metrics.kept_rows
+        )
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Log numbers of a step; a second call for one step adds to its row. Keys must be in the catalogue."""
+        require_metrics(metrics)
+        values = {key: float(value) for key, value in metrics.items()}
+        if self._wandb is not None:
+            self._wandb.log(step, values)
+            values["tracking/wandb_errors"] = float(self._wandb.num_errors)
+        self._write(step, values)
+        self._console.show_step(step, values)
+
+    def log_histogram(self, step: int, key: str, values: Sequence[float] | np.ndarray) -> None:
+        """Log a distribution: a histogram in W&B, its quantiles in `metrics.jsonl`. What is not finite is left out."""
+        require_histogram(key)
+        finite = np.asarray(values, dtype=np.float64)
+        finite = finite[np.isfinite(finite)]
+        if finite.size == 0:
+            return
+        self._write(step, {f"{key}_{name}": float(np.quantile(finite, q)) for name, q in QUANTILES.items()})
+        if self._wandb is not None:
+            self._wandb.log_histogram(step, key, finite)
+
+    def log_samples(
+        self, step: int, rows: Sequence[Mapping[str, Any]], name: Literal["train", "held_out"] = "train"
+    ) -> None:
+        """Log the first responses of `rows`, as many as the settings ask for; held-out ones are also printed."""
+        shown = [without_secrets(plain(dict(row))) for row in rows[: self._num_samples[name]]]
+        if not shown:
+            return
+        for row in shown:
+            self._samples.append({"step": step, "name": name, **row})
+        if self._wandb is not None:
+            self._wandb.log_table(step, f"samples/{name}", shown)
+        if name == "held_out":
+            self._console.show_samples(step, shown)
+
+    def set_phase(self, name: str) -> None:
+        """Say what the run is doing now (live console only)."""
+        self._console.set_phase(name)
+
+    def finish(self, status: Literal["completed", "stopped", "failed"], summary: Mapping[str, Any]) -> None:
+        """Close everything; `summary.json` gets the summary and W&B too. A second call does nothing."""
+        if self._is_finished:
+            return
+        self._is_finished = True
+        self._console.close(status)
+        final = without_secrets(plain({"status": status, "step": self._row["step"], **summary}))
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if status == "failed" else 0, summary=final)
+        (self._run_dir / "summary.json").write_text(json.dumps(final, indent=2) + "\n")
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if step < self._row["step"]:
+            raise ValueError(f"step {step} is logged after step {self._row['step']}; steps never go back")
+        if step == self._row["step"]:
+            self._row = self._row | values
+            self._metrics.replace_last(self._row)
+        else:
+            self._row = {"step": step, **values}
+            self._metrics.append(self._row)

@@ -1,0 +1,114 @@
+"""The command line, in this process and in a fresh one."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylhf.cli import main
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+HEAVY = ("torch", "ray", "transformers", "vllm", "deepspeed", "wandb", "numpy")
+SHARED_GPU = next(file for file in CONFIGS if file.name == "gpu_1x_0.5b.yaml")
+
+
+def modules_after(arguments):
+    """The modules that a fresh interpreter holds after the command."""
+    code = (
+        "import sys\nfrom raylhf.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('MODULES', *sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(output.split("MODULES ")[1].split())
+
+
+def test_help_imports_neither_engines_nor_pydantic_nor_rich():
+    modules = modules_after(["--help"])
+    assert not modules & {*HEAVY, "pydantic", "ruamel.yaml", "rich"}
+
+
+def test_check_imports_no_engine():
+    assert not modules_after(["check", str(SHARED_GPU)]) & set(HEAVY)
+
+
+def test_config_imports_no_engine():
+    assert not modules_after(["config"]) & set(HEAVY)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_check_of_every_shipped_config_succeeds(file, capsys):
+    assert main(["check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "no problems found" in out
+    assert "warning" not in out
+
+
+def test_check_prints_roles_batch_reward_kl_and_memory(capsys):
+    main(["check", str(SHARED_GPU)])
+    out = capsys.readouterr().out
+    for text in (
+        "rollout",
+        "learner",
+        "optimizer steps",
+        "0.5 x length: length (min_words=40",
+        "0.05 x k1 in the reward",
+    ):
+        assert text in out
+    assert "494,032,768 parameters" in out
+    assert "weight transfer  ipc" in out
+
+
+def test_check_of_an_unknown_model_says_so(capsys):
+    assert main(["check", str(SHARED_GPU), "model.path=someone/something"]) == 0
+    assert "unknown (model is not local" in capsys.readouterr().out
+
+
+def test_check_warns_of_memory_and_still_succeeds(capsys):
+    assert main(["check", str(SHARED_GPU), "cluster.gpu_memory_gib=8"]) == 0
+    assert "warning: does not fit" in capsys.readouterr().out
+
+
+def test_problems_are_sentences_on_standard_error_and_exit_two(capsys):
+    assert main(["check", str(SHARED_GPU), "rollout.prompts_per_stp=3", "num_steps=0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) == 2
+    assert main(["check", "no/such.yaml"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_config_prints_every_key_with_its_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["config"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "learner.micro_batch_size",
+        "learner.lora.rank",
+        "reward.graph[kind=sum].parts.N.weight",
+        "objective.kl.control[kind=adaptive].horizon",
+        "Sequences in one forward and backward; changes memory and speed, never the result.",
+    ):
+        assert text in out
+
+
+def test_config_with_a_file_prints_its_values(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["config", str(SHARED_GPU), "seed=77"]) == 0
+    out = capsys.readouterr().out
+    assert next(line for line in out.splitlines() if line.startswith("seed")).split()[4:6] == ["0", "77"]
+    assert "Qwen/Qwen2.5-0.5B-Instruct" in out
+
+
+def test_train_hands_the_checked_config_to_the_driver_and_returns_its_code(monkeypatch):
+    seen = []
+    driver: Any = types.ModuleType("raylhf.driver.train")
+    driver.train = lambda config: seen.append(config) or 3
+    monkeypatch.setitem(sys.modules, "raylhf.driver", types.ModuleType("raylhf.driver"))
+    monkeypatch.setitem(sys.modules, "raylhf.driver.train", driver)
+    assert main(["train", str(SHARED_GPU), "num_steps=2"]) == 3
+    assert seen[0].num_steps == 2
