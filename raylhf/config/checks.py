@@ -179,7 +179,7 @@ def _check_batch(config: RunConfig) -> Iterator[Problem]:
     per_rank = config.responses_per_step // ranks
     minibatches = config.objective.num_minibatches
     if per_rank % minibatches:
-        divisors = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+        divisors = ", ".join(str(n) for n in range(1, min(per_rank, 256) + 1) if per_rank % n == 0)
         yield _problem(
             "objective.num_minibatches",
             f"is {minibatches}, which does not divide the {per_rank} responses of a rank "

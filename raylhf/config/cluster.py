@@ -8,11 +8,11 @@ from raylhf.config.base import Settings
 class ClusterConfig(Settings):
     address: str | None = None
     """Ray cluster to join (`auto` or host:port); null starts Ray on this machine for the run alone."""
-    num_nodes: int = Field(default=1, ge=1)
+    num_nodes: int = Field(default=1, ge=1, le=10_000)
     """Nodes the run is planned for (`raylhf check` compares the request with them)."""
     cpus_per_node: float = Field(default=2.0, gt=0)
     """CPUs of one node; where raylhf starts Ray itself, the number that it offers."""
-    gpus_per_node: int = Field(default=0, ge=0)
+    gpus_per_node: int = Field(default=0, ge=0, le=128)
     """GPUs of one node."""
     gpu_memory_gib: float = Field(default=80.0, gt=0)
     """Memory of one GPU, for the plan's comparison."""

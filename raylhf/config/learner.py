@@ -33,6 +33,8 @@ class LearnerConfig(Settings):
     """Learning rate of the policy."""
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from 0."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """Learning rates (policy and critic) stay, or fall linearly to 0 over num_steps."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     adam_eps: float = Field(default=1e-5, gt=0)

@@ -97,7 +97,10 @@ def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | 
     scored = scores[valid]
     metrics = {
         f"{area}/score_mean": float(scored.mean()),
-        f"{area}/score_se": float(scored.std(ddof=1) / np.sqrt(len(scored))) if len(scored) > 1 else 0.0,
+        f"{area}/score_se": clustered_standard_error(
+            [np.array(group.reward_summary["scores"])[group.reward_summary["valid"]] for group in groups]
+        ),
+        f"{area}/invalid_count": float((~valid).sum()),
     }
     for name in groups[0].reward_summary["parts"]:
         part = np.concatenate([group.reward_summary["parts"][name] for group in groups])
@@ -109,14 +112,28 @@ def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | 
     num_tokens = int(lengths.sum())
     metrics |= {
         "reward/score_std": float(scored.std()),
-        "reward/invalid_count": float((~valid).sum()),
         "rollout/response_length_p95": float(np.percentile(lengths, 95)),
         "rollout/zero_length_count": float((lengths == 0).sum()),
         "rollout/num_tokens": float(num_tokens),
     }
+    metrics["time/reward_s"] = sum(group.reward_summary["seconds"] for group in groups)
     if seconds is not None:
         metrics["rollout/tokens_per_s"] = num_tokens / seconds
     return metrics
+
+
+def clustered_standard_error(groups: Sequence[np.ndarray]) -> float:
+    """Standard error of the mean over all scores, where those of one prompt are one cluster (they resemble each other).
+
+    0 with fewer than two prompts that have a score.
+    """
+    filled = [group for group in groups if len(group)]
+    if len(filled) < 2:
+        return 0.0
+    everything = np.concatenate(filled)
+    residuals = np.array([(group - everything.mean()).sum() for group in filled])
+    count = len(filled)
+    return float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / len(everything))
 
 
 def timed() -> Callable[[], float]:

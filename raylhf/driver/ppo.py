@@ -106,7 +106,11 @@ def train_step(run: Run) -> float:
         "data/dropped_overlong_count": run.dropped_overlong,
         "memory/total_rss_gib": total_rss_gib(),
     }
-    run.tracker.log_histogram(run.step, "reward/score", [s for g in groups for s, ok in zip(g.reward_summary["scores"], g.reward_summary["valid"], strict=True) if ok])
+    run.tracker.log_histogram(
+        run.step,
+        "reward/score",
+        [s for g in groups for s, ok in zip(g.reward_summary["scores"], g.reward_summary["valid"], strict=True) if ok],
+    )
     run.tracker.log_histogram(
         run.step, "rollout/response_length", [n for g in groups for n in g.rollout_summary["lengths"]]
     )
@@ -159,7 +163,9 @@ def evaluate_now(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of everything that the rest of the run depends on."""
     run.tracker.set_phase("checkpoint")
+    seconds = timed()
     folder = begin_checkpoint(run.folder, run.step)
     run.workers.learner.call_all("save", str(folder), timeout_s=run.config.cluster.step_timeout_s)
     state = {"step": run.step, "order": run.order.state(), "evaluations": run.evaluations}
     commit_checkpoint(folder, step=run.step, state=state, keep=run.config.checkpoint.keep)
+    run.tracker.log(run.step, {"time/save_s": seconds()})

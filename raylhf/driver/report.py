@@ -24,7 +24,9 @@ def print_report(config: RunConfig, folder: Path, status: str, evaluations: list
         _print_change(console, config, evaluations[0], evaluations[-1])
     console.print(f"Metrics, samples, checkpoints: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
     if (folder / "export").is_dir():
-        console.print(f"Aligned model (Hugging Face folder): [bold]{escape(str(folder / 'export'))}[/bold]", soft_wrap=True)
+        console.print(
+            f"Aligned model (Hugging Face folder): [bold]{escape(str(folder / 'export'))}[/bold]", soft_wrap=True
+        )
 
 
 def _print_change(console: Console, config: RunConfig, first: dict[str, Any], last: dict[str, Any]) -> None:

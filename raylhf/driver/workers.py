@@ -1,7 +1,7 @@
 """The three roles of a run: starting them, connecting learners with rollout workers, ending them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -110,7 +110,9 @@ def _connect(config: RunConfig, workers: Workers) -> None:
         workers.rollout.name(i): workers.rollout.submit(i, "join_transfer", init_info)
         for i in range(len(workers.rollout))
     }
-    gather(joins | workers.learner.submit_all("connect_sender"), phase="connecting weight transfer", timeout_s=timeout_s)
+    gather(
+        joins | workers.learner.submit_all("connect_sender"), phase="connecting weight transfer", timeout_s=timeout_s
+    )
 
 
 def _child_pids(config: RunConfig, workers: Workers) -> list[int]:
@@ -122,14 +124,13 @@ def _child_pids(config: RunConfig, workers: Workers) -> list[int]:
 
 def _end(workers: Workers, children: list[int]) -> None:
     """Ask workers to close, within a deadline, then end what is left."""
-    try:
+    # A worker that does not close is ended below; the failure that led here is the one to report.
+    with suppress(WorkerError, ValueError):
         gather(
             workers.rollout.submit_all("close") | workers.learner.submit_all("close"),
             phase="closing",
             timeout_s=CLOSE_TIMEOUT_S,
         )
-    except (WorkerError, ValueError):
-        pass  # a worker that does not close is ended below; the failure that led here is the one to report
     for group in (workers.rollout, workers.reward, workers.learner):
         group.kill()
     for pid in children:

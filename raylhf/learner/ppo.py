@@ -150,13 +150,15 @@ class PPOUpdate:
         plan = plan_micro_batches(rollouts.response_lengths.tolist(), rows, self._config.learner.micro_batch_size)
         batches = [make_micro_batch(rollouts, part, self._device) for part in plan]
         critic, learner = self._objective.critic, self._config.learner
-        warm = min(1.0, (optimizer_steps + 1) / max(learner.lr_warmup_steps, 1))
+        scale = min(1.0, (optimizer_steps + 1) / max(learner.lr_warmup_steps, 1))
+        if learner.lr_schedule == "linear":
+            scale *= 1 - step / self._config.num_steps
         totals.add(tokens=masked_sum(torch.ones_like(x.old_logprobs[rows]), x.response_mask[rows]))
         is_critic_only = self._config.has_critic and step < critic.warmup_steps
         has_shared_head = self._config.has_critic and critic.trunk == "shared"
-        lrs = [0.0 if is_critic_only else learner.lr * warm]
+        lrs = [0.0 if is_critic_only else learner.lr * scale]
         if has_shared_head:
-            lrs.append(critic.lr * warm)
+            lrs.append(critic.lr * scale)
         loss = partial(
             self._policy_loss, x=x, counts=counts, totals=totals, kl_coef=kl_coef, temperature=rollouts.temperature
         )
@@ -165,10 +167,10 @@ class PPOUpdate:
         totals.raise_to(grad_norm=norm, lr=lrs[0])
         if self._models.critic is not None:
             values = [partial(self._critic_loss, batch, x=x, counts=counts, totals=totals) for batch in batches]
-            critic_norm = optimizer_step(self._models.critic, values, [critic.lr * warm])
+            critic_norm = optimizer_step(self._models.critic, values, [critic.lr * scale])
             totals.raise_to(critic_grad_norm=critic_norm)
         if self._config.has_critic:
-            totals.raise_to(critic_lr=critic.lr * warm)
+            totals.raise_to(critic_lr=critic.lr * scale)
 
     def _policy_loss(
         self,

@@ -198,10 +198,8 @@ class LearnerWorker:
 
     def _peak_memory_gib(self) -> float:
         """The largest peak over ranks: device memory on a GPU, resident memory now on a CPU."""
-        if self._device.type == "cuda":
-            used = torch.cuda.max_memory_allocated()
-        else:
-            used = psutil.Process().memory_info().rss
+        is_gpu = self._device.type == "cuda"
+        used = torch.cuda.max_memory_allocated() if is_gpu else psutil.Process().memory_info().rss
         totals = Totals(self._device)
         totals.raise_to(used=used / 2**30)
         return totals.reduced()["used"]

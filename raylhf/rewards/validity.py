@@ -1,7 +1,7 @@
 """What makes a score valid, and how a failure is told."""
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -33,10 +33,14 @@ def as_score(value: Any) -> float:
     return score
 
 
-def all_invalid(num_responses: int, sentence: str) -> RewardOutput:
-    """No score for any response, for one reason."""
+def all_invalid(num_responses: int, sentence: str, part_names: Iterable[str]) -> RewardOutput:
+    """No score for any response, for one reason; the parts keep their names, so that outputs can be joined."""
+    nothing = np.full(num_responses, np.nan)
     return RewardOutput(
-        scores=np.full(num_responses, np.nan), valid=np.zeros(num_responses, dtype=bool), errors=(sentence,)
+        scores=nothing,
+        valid=np.zeros(num_responses, dtype=bool),
+        parts=dict.fromkeys(part_names, nothing),
+        errors=(sentence,),
     )
 
 
@@ -47,7 +51,8 @@ def checked(name: str, output: RewardOutput, num_responses: int) -> RewardOutput
         columns["token_scores"] = output.token_scores
     for column, values in columns.items():
         if len(values) != num_responses:
-            return all_invalid(num_responses, f"{name}: {len(values)} {column} for {num_responses} responses")
+            sentence = f"{name}: {len(values)} {column} for {num_responses} responses"
+            return all_invalid(num_responses, sentence, output.parts)
     valid = output.valid & np.isfinite(output.scores)
     errors = output.errors
     if num_broken := int((output.valid & ~valid).sum()):

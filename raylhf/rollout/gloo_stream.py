@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,14 @@ _TRAILER_BYTES = 3 * 8
 class Metadata(Protocol):
     """Name, type and shape of a parameter."""
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,11 @@ class TransferGroup:
         self.rank = rank
         self.world_size = world_size
         self._store = store  # kept alive: rank 0's store is the server
-        options = dist.ProcessGroupGloo._Options()
+        backend: Any = dist.ProcessGroupGloo  # its type stub lacks what is used here
+        options = backend._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        self._gloo: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(
-            dist.PrefixStore("gloo/", store), rank, world_size, options
-        )
+        options._devices = [backend.create_device(hostname=host)]
+        self._gloo: Any = backend(dist.PrefixStore("gloo/", store), rank, world_size, options)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Rank 0's buffer to all; raises RuntimeError when a peer is gone or the deadline passes."""
@@ -94,7 +98,7 @@ def open_group(
         if store is None:
             store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=deadline)
         store.set_timeout(deadline)
-        store.set(f"joined/{rank}", b"1")
+        store.set(f"joined/{rank}", "1")
         store.wait([f"joined/{other}" for other in range(world_size)], deadline)
     except dist.DistError as error:
         raise TimeoutError(_absence(store, host, port, world_size, timeout_s)) from error
@@ -187,7 +191,7 @@ def receive_parameters(
 
 
 def _broadcast_bucket(group: TransferGroup, buffer: Tensor, size: int, number: int, round_: int) -> None:
-    trailer = torch.tensor([zlib.crc32(buffer[:size].numpy()), number, round_], dtype=torch.int64)
+    trailer = torch.tensor([_crc32(buffer[:size]), number, round_], dtype=torch.int64)
     buffer[size : size + _TRAILER_BYTES].copy_(_as_bytes(trailer))
     group.broadcast(buffer[: size + _TRAILER_BYTES])
 
@@ -197,9 +201,13 @@ def _difference(buffer: Tensor, size: int, number: int, round_: int, names: Sequ
     trailer = buffer[size : size + _TRAILER_BYTES].clone().view(torch.int64).tolist()
     if trailer[1:] != [number, round_]:
         return f"expected bucket {number} of round {round_}, got bucket {trailer[1]} of round {trailer[2]}"
-    if trailer[0] != zlib.crc32(buffer[:size].numpy()):
+    if trailer[0] != _crc32(buffer[:size]):
         return f"checksum of bucket {number} is wrong: {', '.join(names)} arrived corrupted"
     return ""
+
+
+def _crc32(data: Tensor) -> int:
+    return zlib.crc32(data.numpy().data)
 
 
 def _checked(parameters: Iterable[tuple[str, Tensor]], metadata: Sequence[Metadata]) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ vLLM finds it through the entry point `vllm.general_plugins`, which it calls in 
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
+    model: Any
     _group: TransferGroup | None = None
     _bucket_bytes: int = 0
 
@@ -88,6 +90,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        if self._is_tied():
+            # The output layer shares the embedding's storage, but a CPU with packed kernels keeps a copy of its own.
+            self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Receive all weights and load them. After an error the model is partly updated; a later update may follow.
@@ -112,6 +117,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
         expected = {name for name, _ in self.model.named_parameters()}
+        if self._is_tied():  # it arrives as the embedding
+            expected.discard("lm_head.weight")
         # Models with multi-token prediction insist on its weights; a trainer need not have them.
         with disable_mtp_completeness_check():
             try:
@@ -122,6 +129,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         # vLLM would silently keep the old values of what did not come.
         if loaded is not None and (missing := sorted(expected - loaded)):
             raise ValueError(f"the weight update has nothing for {missing}; the learner must send the whole model")
+
+    def _is_tied(self) -> bool:
+        return bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
 
     def shutdown(self) -> None:
         if self._group is not None:

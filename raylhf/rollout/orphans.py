@@ -30,7 +30,11 @@ def guard_against_orphanhood() -> None:
 
 def descendants(of_pid: int | None = None) -> list[psutil.Process]:
     """Child processes and theirs, without multiprocessing's resource trackers (each ends with its owner)."""
-    return [child for child in psutil.Process(of_pid).children(recursive=True) if not _is_tracker(child)]
+    try:
+        children = psutil.Process(of_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if not _is_tracker(child)]
 
 
 def kill_survivors(processes: list[psutil.Process], *, patience_s: float) -> None:

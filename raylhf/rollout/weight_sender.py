@@ -5,7 +5,7 @@ they get a client that only keeps what it is told to send.
 """
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -104,13 +104,14 @@ class NCCLSender:
 
         # Copies: the engine packs several tensors at a time, but the source's are valid one at a time.
         self._source = _CopiedSource(source)
+        engine_source: Any = self._source
         self._rank = rank
         self._world_size = world_size
         self._host = host
         self._timeout_s = timeout_s
         self._socket: socket.socket | None = None
         self._engine = NCCLTrainerWeightTransferEngine(
-            client=_KeepingClient(), source=self._source, is_sender=rank == 0
+            client=_KeepingClient(), source=engine_source, is_sender=rank == 0
         )
 
     def prepare(self) -> dict[str, Any]:
@@ -169,7 +170,8 @@ class IPCSender:
 
         self._client = _KeepingClient()
         self._source = _CopiedSource(source, keep=True)
-        self._engine = IPCTrainerWeightTransferEngine(client=self._client, source=self._source, is_sender=rank == 0)
+        engine_source: Any = self._source  # vLLM's WeightSource is a base class, ours a Protocol of the same shape
+        self._engine = IPCTrainerWeightTransferEngine(client=self._client, source=engine_source, is_sender=rank == 0)
 
     def prepare(self) -> dict[str, Any]:
         return {"packed": False}
@@ -237,14 +239,15 @@ class _KeepingClient:
     def __init__(self) -> None:
         self._payload: dict[str, Any] = {}
 
-    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         pass
 
     def start_weight_update(self) -> None:
         pass
 
-    def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        self._payload = dict(update_info)
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        assert isinstance(update_info, dict)
+        self._payload = update_info
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         pass

@@ -17,7 +17,7 @@ from raylhf.rollout.engine import build_engine
 from raylhf.rollout.orphans import descendants, kill_survivors
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
+    from vllm import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _RECOVERY_S = 30.0
@@ -69,7 +69,8 @@ class RolloutWorker:
             *(c for child in self._children if child.is_running() for c in descendants(child.pid)),
         }
         try:
-            await asyncio.to_thread(engine.shutdown, timeout=_CLOSE_PATIENCE_S)
+            # On the event loop: vLLM's output task would take the end of its process for a crash if it ran meanwhile.
+            engine.shutdown(timeout=_CLOSE_PATIENCE_S)
         finally:
             await asyncio.to_thread(kill_survivors, list(children), patience_s=_CLOSE_PATIENCE_S)
             self._children = []
@@ -81,7 +82,10 @@ class RolloutWorker:
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     async def generate(self, prompt: Prompt, *, num_responses: int, seed: int) -> tuple[Rollouts, dict[str, Any]]:
-        """Sample a group; response j depends on the weights, the prompt and `seed + j` only, not on its neighbours.
+        """Sample a group; response j is drawn with `seed + j`, whatever else is in flight.
+
+        What is in flight can still change the last bits of a larger model's log-probabilities, because matrix kernels
+        depend on the batch size (1e-5 at 135M parameters in float32); the tiny model's are equal to the bit.
 
         Raises:
             ValueError: the prompt leaves no room for max_response_tokens.
@@ -132,25 +136,27 @@ class RolloutWorker:
     def _collect(self, prompt: Prompt, prompt_ids: Sequence[int], results: Sequence["RequestOutput"]) -> Rollouts:
         """Translate vLLM's names into ours."""
         completions = [result.outputs[0] for result in results]
-        reasons = [self._finish_reason(c.finish_reason, c.token_ids) for c in completions]
-        ids = np.asarray(prompt_ids, dtype=np.int64)
+        response_ids = [list(completion.token_ids) for completion in completions]
+        reasons: list[FinishReason] = [
+            self._finish_reason(c.finish_reason, ids) for c, ids in zip(completions, response_ids, strict=True)
+        ]
         return Rollouts(
             prompts=[prompt] * len(completions),
-            prompt_ids=[ids] * len(completions),
-            response_ids=[np.asarray(c.token_ids, dtype=np.int64) for c in completions],
-            rollout_logprobs=[
-                np.array([step[t].logprob for t, step in zip(c.token_ids, c.logprobs, strict=True)], dtype=np.float32)
-                for c in completions
-            ],
-            response_texts=[
-                self._tokenizer.decode(c.token_ids[:-1] if reason == "stop" else c.token_ids, skip_special_tokens=True)
-                for c, reason in zip(completions, reasons, strict=True)
-            ],
+            prompt_ids=[np.asarray(prompt_ids, dtype=np.int64)] * len(completions),
+            response_ids=[np.array(ids, dtype=np.int64) for ids in response_ids],
+            rollout_logprobs=[_sampled_logprobs(completion) for completion in completions],
+            response_texts=[self._decode(ids) for ids in response_ids],
             finish_reasons=reasons,
-            # A response during which the weights changed counts as the older version's.
-            policy_versions=np.array([int(c.weight_versions[0].version) for c in completions], dtype=np.int64),
+            policy_versions=np.array([_oldest_version(completion) for completion in completions], dtype=np.int64),
             temperature=self._config.rollout.sampling.temperature,
         )
+
+    def _decode(self, response_ids: list[int]) -> str:
+        """The text without the token that ended it, which need not be one that the tokenizer calls special."""
+        ends_by_policy = response_ids and response_ids[-1] in self._stop_ids
+        text = self._tokenizer.decode(response_ids[:-1] if ends_by_policy else response_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     def _finish_reason(self, reason: str | None, token_ids: Sequence[int]) -> FinishReason:
         ends_by_policy = bool(token_ids) and token_ids[-1] in self._stop_ids
@@ -204,8 +210,8 @@ class RolloutWorker:
     @asynccontextmanager
     async def _paused(self, engine: "AsyncLLM") -> AsyncIterator[None]:
         """Requests are frozen inside and go on afterwards; after an error they are aborted instead."""
-        await engine.pause_generation(mode="keep", clear_cache=False)
         try:
+            await engine.pause_generation(mode="keep", clear_cache=False)
             yield
         except BaseException as error:
             self._failed_update = f"rollout worker {self._replica} holds half-updated weights: {error!r}; restart it"
@@ -215,6 +221,19 @@ class RolloutWorker:
         finally:
             async with asyncio.timeout(_RECOVERY_S):
                 await engine.resume_generation()
+
+
+def _sampled_logprobs(completion: "CompletionOutput") -> np.ndarray:
+    """Log-probability of each sampled token, float32 [T]."""
+    assert completion.logprobs is not None
+    steps = zip(completion.token_ids, completion.logprobs, strict=True)
+    return np.array([(candidates or {})[token].logprob for token, candidates in steps], dtype=np.float32)
+
+
+def _oldest_version(completion: "CompletionOutput") -> int:
+    """A response during which the weights changed counts as the older version's."""
+    assert completion.weight_versions
+    return int(completion.weight_versions[0].version)
 
 
 def summarize(rollouts: Rollouts, stop_ids: Sequence[int], *, seconds: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ METRICS: dict[str, Metric] = {
         "Mean score of the valid responses, after missing-EOS penalty and clip", "reward", "rises, then levels off"
     ),
     "reward/score_std": Metric("Standard deviation of the scores over responses", "reward", "above 0"),
-    "reward/score_se": Metric("Standard error of reward/score_mean, responses of one prompt as one cluster", "reward"),
+    "reward/score_se": Metric("Standard deviation of the scores over the root of their number", "reward"),
     "reward/total_mean": Metric("Mean of score minus KL penalty: what PPO maximises", "reward", "rises"),
     "reward/invalid_count": Metric("Responses whose score failed; they are dropped", "responses", "0"),
     "reward/part/<name>_mean": Metric("Mean score of one named part of the reward graph, before its weight", "reward"),
@@ -51,7 +51,7 @@ METRICS: dict[str, Metric] = {
     "policy/epochs_done": Metric("Passes over the batch; fewer than num_epochs after approx_kl_limit", "epochs"),
     "policy/log_ratio_clamp_frac": Metric("Share of tokens whose log-ratio left [-20, 20]", "0 to 1", "0"),
     # kl: the penalty
-    "kl/coef": Metric("Weight of the KL penalty", "reward/nat", "steady once the KL is at its target"),
+    "kl/coef": Metric("Weight of the KL penalty", "reward per nat", "steady once the KL is at its target"),
     "kl/penalty_mean": Metric("Coefficient times KL per response, mean", "reward", "below the spread of the scores"),
     # advantage, critic
     "advantage/mean": Metric("Mean advantage over response tokens, before whitening", "reward", "around 0"),
@@ -95,7 +95,7 @@ METRICS: dict[str, Metric] = {
     "memory/total_rss_gib": Metric("Resident memory of all processes of the run", "GiB", "steady"),
     # eval: the policy on held-out prompts
     "eval/score_mean": Metric("Mean score on the held-out prompts", "reward", "rises with reward/score_mean"),
-    "eval/score_se": Metric("Standard error of eval/score_mean, responses of one prompt as one cluster", "reward"),
+    "eval/score_se": Metric("Standard deviation of the held-out scores over the root of their number", "reward"),
     "eval/kl_to_ref": Metric("KL to the reference per held-out response (k1), mean", "nats"),
     "eval/response_length_mean": Metric("Mean length of the held-out responses", "tokens"),
     "eval/truncated_frac": Metric("Share of held-out responses that ran into max_response_tokens", "0 to 1"),
@@ -110,10 +110,14 @@ METRICS: dict[str, Metric] = {
 HISTOGRAMS: dict[str, Metric] = {
     "reward/score": Metric("Scores of the valid responses", "reward"),
     "rollout/response_length": Metric("Response lengths", "tokens"),
-    "policy/kl_to_ref_response": Metric("KL to the reference of each response (k1)", "nats"),
-    "mismatch/abs_dlogprob": Metric("|learner - engine| log-probability of each sampled token", "nats"),
 }
 """Distributions by key; `metrics.jsonl` gets their quantiles as KEY_p05, KEY_p50 and KEY_p95."""
+
+SUMMARY: dict[str, Metric] = {
+    "eval/score_first": Metric("Mean score on the held-out prompts before training", "reward"),
+    "eval/score_last": Metric("Mean score on the held-out prompts at the last evaluation", "reward", "above the first"),
+}
+"""Numbers of the whole run, by key: the fields of `summary.json` and of W&B's summary."""
 
 QUANTILES = {"p05": 0.05, "p50": 0.50, "p95": 0.95}
 PART_NAME = "[a-z0-9_/]+"
@@ -146,7 +150,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 def render_catalogue() -> str:
     """The catalogue as the Markdown tables of docs/metrics.md."""
-    return f"{markdown_table(METRICS)}\n\nHistograms:\n\n{markdown_table(HISTOGRAMS)}\n"
+    tables = [markdown_table(metrics) for metrics in (METRICS, HISTOGRAMS, SUMMARY)]
+    return f"{tables[0]}\n\nHistograms:\n\n{tables[1]}\n\nSummary of the run:\n\n{tables[2]}\n"
 
 
 def markdown_table(metrics: dict[str, Metric]) -> str:
@@ -154,7 +159,3 @@ def markdown_table(metrics: dict[str, Metric]) -> str:
     rows = [(f"`{key}`", *metric) for key, metric in metrics.items()]
     lines = [("key", "meaning", "unit", "healthy"), ("---", "---", "---", "---"), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-if __name__ == "__main__":
-    print(render_catalogue(), end="")

@@ -24,7 +24,6 @@ HEADLINES = {
     "rollout/tokens_per_s": "tokens/s",
 }
 """The metrics that the console shows, with their names there."""
-MAX_SAMPLE_CHARACTERS = 300
 
 
 class ProgressView(Protocol):
@@ -33,8 +32,6 @@ class ProgressView(Protocol):
     def set_phase(self, name: str) -> None: ...
 
     def show_step(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def show_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None: ...
 
     def close(self, status: str) -> None: ...
 
@@ -81,13 +78,17 @@ class PlainConsole:
 
     def __init__(self, progress: Progress):
         self._progress = progress
+        self._has_steps = False
 
     def set_phase(self, name: str) -> None:
-        """Phases are not shown: they would be several lines a step."""
+        """Shown until the first step: afterwards they would be several lines a step."""
+        if not self._has_steps:
+            print(f"{name} ...", flush=True)
 
     def show_step(self, step: int, metrics: dict[str, float]) -> None:
         progress = self._progress
         progress.update(step, metrics)
+        self._has_steps = True
         shown = [f"step {step}/{progress.num_steps}"]
         for key, label in HEADLINES.items():
             if key in metrics:
@@ -96,10 +97,6 @@ class PlainConsole:
         if "time/step_s" in metrics:
             shown.append(f"{metrics['time/step_s']:.1f} s")
         print(" | ".join([*shown, f"left {progress.time_left}"]), flush=True)
-
-    def show_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        for line in sample_lines(step, rows):
-            print(line, flush=True)
 
     def close(self, status: str) -> None:
         print(f"{status} after step {self._progress.step}/{self._progress.num_steps}", flush=True)
@@ -124,10 +121,6 @@ class LiveConsole:
 
     def show_step(self, step: int, metrics: dict[str, float]) -> None:
         self._progress.update(step, metrics)
-
-    def show_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        for line in sample_lines(step, rows):
-            self._live.console.print(line, markup=False, highlight=False)
 
     def close(self, status: str) -> None:
         self.set_phase(status)
@@ -186,21 +179,6 @@ def redirect_logs(streams: tuple[TextIO, TextIO]) -> list[tuple[logging.StreamHa
             moved.append((handler, handler.stream))
             handler.setStream(sys.stdout if handler.stream is streams[0] else sys.stderr)
     return moved
-
-
-def sample_lines(step: int, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A few lines for each sample, long fields shortened."""
-    lines = []
-    for number, row in enumerate(rows, start=1):
-        lines.append(f"sample {number} of step {step}")
-        lines += [f"  {field}: {shortened(value)}" for field, value in row.items()]
-    return lines
-
-
-def shortened(value: Any) -> str:
-    """The value on one line, of at most MAX_SAMPLE_CHARACTERS."""
-    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
-    return text if len(text) <= MAX_SAMPLE_CHARACTERS else text[: MAX_SAMPLE_CHARACTERS - 3] + "..."
 
 
 def duration(seconds: float) -> str:

@@ -68,7 +68,7 @@ class Tracker:
     def log_samples(
         self, step: int, rows: Sequence[Mapping[str, Any]], name: Literal["train", "held_out"] = "train"
     ) -> None:
-        """Log the first responses of `rows`, as many as the settings ask for; held-out ones are also printed."""
+        """Log the first responses of `rows`, as many as the settings ask for."""
         shown = [without_secrets(plain(dict(row))) for row in rows[: self._num_samples[name]]]
         if not shown:
             return
@@ -76,15 +76,16 @@ class Tracker:
             self._samples.append({"step": step, "name": name, **row})
         if self._wandb is not None:
             self._wandb.log_table(step, f"samples/{name}", shown)
-        if name == "held_out":
-            self._console.show_samples(step, shown)
 
     def set_phase(self, name: str) -> None:
         """Say what the run is doing now (live console only)."""
         self._console.set_phase(name)
 
-    def finish(self, status: Literal["completed", "stopped", "failed"], summary: Mapping[str, Any]) -> None:
-        """Close everything; `summary.json` gets the summary and W&B too. A second call does nothing."""
+    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Close everything; `summary.json` and W&B get status and summary. A second call does nothing.
+
+        The status `failed` is W&B's "failed"; any other one ("complete", "stopped") is "finished".
+        """
         if self._is_finished:
             return
         self._is_finished = True

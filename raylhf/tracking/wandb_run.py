@@ -12,15 +12,17 @@ import numpy as np
 
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports to W&B's makers; read when wandb is imported
 
-import wandb  # noqa: E402
-from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: E402
-from wandb.sdk.mailbox.mailbox_handle import ServerResponseError  # noqa: E402
+import wandb
+from pydantic import ValidationError
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 
-from raylhf.config.tracking import TrackingConfig  # noqa: E402
+from raylhf.config.tracking import TrackingConfig
 
 LOGGER = logging.getLogger(__name__)
-WANDB_FAILURES = (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError)
-"""What W&B raises where its server, its own process or the disk fails; its mailbox's errors are no wandb.Error."""
+WANDB_FAILURES = (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError, ValidationError)
+"""What W&B raises where its server, its own process or the disk fails: not all of it is a wandb.Error, and an answer
+that it cannot read is pydantic's ValidationError."""
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
 ID_FILE = "wandb_id.txt"
@@ -35,6 +37,7 @@ class WandbRun:
 
     def __init__(self, config: TrackingConfig, *, name: str, run_dir: Path, settings: dict[str, Any], is_resumed: bool):
         self.num_errors = 0
+        self._is_without_tables = False
         self._init = {
             "project": config.project,
             "entity": config.entity,
@@ -60,11 +63,18 @@ class WandbRun:
         self._with_run("log", lambda run: run.log({"step": step, **values}))
 
     def log_table(self, step: int, key: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Rows as a W&B table with one column a field."""
+        """Rows as a W&B table with one column a field.
+
+        Online, W&B waits up to 20 s for its server here, so that after one failure tables are left out.
+        """
+        if self._is_without_tables:
+            return
         columns: list[Any] = list(dict.fromkeys(field for row in rows for field in row))
         cells: list[Any] = [[table_cell(row.get(column)) for column in columns] for row in rows]
         table = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+        num_errors = self.num_errors
         self._with_run("log a table", lambda run: run.log({"step": step, key: table}))
+        self._is_without_tables = self.num_errors > num_errors
 
     def log_histogram(self, step: int, key: str, values: np.ndarray) -> None:
         """Finite values as a W&B histogram."""

@@ -52,7 +52,8 @@ def test_a_sum_is_invalid_where_any_part_is_and_passes_the_sentences_on(rollouts
 
 def test_a_weight_of_zero_does_not_hide_a_failure(rollouts_of):
     output = WeightedSum({"x": (0.0, GivenReward(np.nan)), "y": (1.0, GivenReward(2.0))}).score(rollouts_of("a"))
-    assert not output.valid.any() and np.isnan(output.scores).all()
+    assert not output.valid.any()
+    assert np.isnan(output.scores).all()
 
 
 def test_a_part_that_calls_infinity_valid_is_corrected(rollouts_of):
@@ -65,6 +66,7 @@ def test_a_part_with_the_wrong_number_of_scores_makes_every_response_invalid(rol
     output = WeightedSum({"x": (1.0, GivenReward(1.0, 2.0)), "y": (1.0, GivenReward(1.0))}).score(rollouts_of("a", "b"))
     assert output.valid.tolist() == [False, False]
     assert output.errors == ("y: GivenReward: 1 scores for 2 responses",)
+    assert list(output.parts) == ["x", "y"]
 
 
 def test_dense_scores_are_summed_with_the_same_weights(rollouts_of):

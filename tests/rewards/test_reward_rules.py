@@ -38,7 +38,8 @@ def user_module(tmp_path, monkeypatch):
 def test_sentiment_is_the_compound_score_that_vaders_authors_print(rollouts_of):
     output = reward(kind="sentiment").score(rollouts_of("VADER is smart, handsome, and funny.", "Today SUX!", ""))
     assert output.scores.tolist() == [0.8316, -0.5461, 0.0]
-    assert output.valid.all() and output.errors == ()
+    assert output.valid.all()
+    assert output.errors == ()
 
 
 @pytest.mark.parametrize(

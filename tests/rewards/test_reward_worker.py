@@ -20,32 +20,43 @@ def test_the_penalty_meets_truncated_responses_only_and_the_clip_comes_after_it(
     assert worker(penalty=1.0, clip=0.5).score(rollouts)[0].scores.tolist() == [0.5, -0.25, -0.5]
 
 
-def test_the_summary_counts_what_is_invalid_and_averages_what_is_not(rollouts_of):
+def test_the_summary_is_lists_with_a_sentence_for_what_is_invalid(rollouts_of):
     output, summary = worker().score(rollouts_of("aaaa", "aabb", "aaaa", empty=[2]))
     assert output.valid.tolist() == [True, True, False]
     np.testing.assert_array_equal(output.scores, [1.0, 0.5, np.nan])
     assert summary.pop("seconds") >= 0
+    assert summary["scores"][:2] == [1.0, 0.5]
+    assert math.isnan(summary.pop("scores")[2])
     assert summary == {
-        "num_responses": 3,
-        "num_invalid": 1,
+        "valid": [True, True, False],
+        "parts": {},
         "errors": ("1 of 3 responses have no tokens and are not scored",),
-        "score_mean": 0.75,
     }
+
+
+def test_the_summarys_parts_are_raw_and_the_penalty_is_on_the_sum_alone(rollouts_of):
+    part = {"name": "a_share", "weight": 2.0, "reward": {"kind": "characters", "characters": "a"}}
+    _, summary = worker(kind="sum", parts=[part]).score(rollouts_of("ab", truncated=[0]))
+    assert summary["scores"] == [0.0]
+    assert summary["parts"] == {"a_share": [0.5]}
 
 
 def test_a_response_of_an_end_token_alone_is_scored(rollouts_of):
     output, _ = worker().score(rollouts_of(""))
-    assert output.valid.tolist() == [True] and output.scores.tolist() == [0.0]
+    assert output.valid.tolist() == [True]
+    assert output.scores.tolist() == [0.0]
 
 
-def test_a_batch_without_one_valid_score_has_no_mean_and_three_sentences_at_most(rollouts_of):
+def test_a_batch_without_one_valid_score_has_three_sentences_at_most(rollouts_of):
     output, summary = worker(kind="function", path="math:sqrt").score(rollouts_of("a", "b", "c", "d", truncated=[0]))
-    assert not output.valid.any() and np.isnan(output.scores).all()
-    assert len(output.errors) == 4 and len(summary["errors"]) == 3
-    assert summary["num_invalid"] == 4 and math.isnan(summary["score_mean"])
+    assert not output.valid.any()
+    assert np.isnan(output.scores).all()
+    assert len(output.errors) == 4
+    assert len(summary["errors"]) == 3
     assert summary["errors"][0].startswith("math:sqrt: prompt 10: TypeError")
 
 
 def test_no_responses_are_no_error(rollouts_of):
     output, summary = worker().score(rollouts_of())
-    assert len(output.scores) == 0 and summary["num_responses"] == summary["num_invalid"] == 0
+    assert len(output.scores) == 0
+    assert summary["scores"] == summary["valid"] == []

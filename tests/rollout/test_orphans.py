@@ -14,7 +14,7 @@ from raylhf.rollout.worker import RolloutWorker
 
 async def main():
     config = RunConfig.model_validate({
-        "name": "killed", "num_steps": 1, "model": {"path": "tiny"}, "data": {"path": "unused", "max_prompt_tokens": 64},
+        "name": "killed", "num_steps": 1, "model": {"path": "tiny"}, "data": {"path": "unused"},
         "rollout": {"prompts_per_step": 1, "threads": 1, "kv_cache_gib": 0.125},
         "reward": {"graph": {"kind": "characters", "characters": "a"}},
     })
@@ -35,7 +35,7 @@ def test_sigkill_of_the_worker_takes_the_engine_with_it(tmp_path):
             line = next(line for line in owner.stdout if line.startswith("children"))
             engine = psutil.Process(owner.pid).children(recursive=True)
             assert {int(pid) for pid in line.split()[1:]} <= {process.pid for process in engine}
-            assert "children" != line.strip()
+            assert line.strip() != "children"
         finally:
             owner.kill()
     _, alive = psutil.wait_procs(engine, timeout=10)

@@ -122,13 +122,15 @@ def test_an_unreachable_dataset_is_a_sentence_and_loading_prompts_loads_no_torch
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    assert "'no-such-org/no-such-set' is no local file" in run.stdout and "data.split='test'" in run.stdout
+    assert "'no-such-org/no-such-set' is no local file" in run.stdout
+    assert "data.split='test'" in run.stdout
 
 
 def test_held_out_prompts_are_drawn_by_seed_and_disjoint_from_training():
     prompts = some_prompts(20)
     training, held_out = split_held_out(prompts, 5, seed=1)
-    assert sorted(indices(training) + indices(held_out)) == list(range(20)) and len(held_out) == 5
+    assert sorted(indices(training) + indices(held_out)) == list(range(20))
+    assert len(held_out) == 5
     assert split_held_out(prompts, 5, seed=1) == (training, held_out)
     assert split_held_out(prompts, 5, seed=2)[1] != held_out
     assert split_held_out(prompts, 0, seed=1) == (prompts, [])
@@ -142,7 +144,7 @@ def test_holding_out_every_prompt_is_refused():
 def test_overlong_prompts_are_dropped_and_counted_and_the_limit_itself_is_allowed():
     kept, num_dropped = drop_overlong(some_prompts(3), [8, 9, 7], 8)
     assert (indices(kept), num_dropped) == ([0, 2], 1)
-    with pytest.raises(ValueError, match="all 3 prompts are longer .* the shortest has 7 tokens"):
+    with pytest.raises(ValueError, match=r"all 3 prompts are longer .* the shortest has 7 tokens"):
         drop_overlong(some_prompts(3), [8, 9, 7], 6)
 
 
@@ -174,5 +176,5 @@ def test_a_restored_order_draws_what_the_first_would_have_drawn(num_drawn):
 
 def test_restoring_over_other_data_is_refused():
     order = PromptOrder(some_prompts(10), seed=5)
-    with pytest.raises(ValueError, match="written with 10 training prompts and data.path gives 9"):
+    with pytest.raises(ValueError, match=r"written with 10 training prompts and data\.path gives 9"):
         PromptOrder(some_prompts(9), seed=5).restore(order.state())

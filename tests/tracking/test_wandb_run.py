@@ -14,6 +14,7 @@ from raylhf.tracking.tracker import Tracker
 
 def records(run_dir):
     """The records of every offline run in the folder: LevelDB log framing after a 7-byte header, then protobuf."""
+    wandb.teardown()  # its process may still be writing after finish()
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         data, position, payload = file.read_bytes(), 7, b""
         while position + 7 <= len(data):
@@ -59,7 +60,8 @@ def test_an_offline_run_can_be_read_back_and_a_resumed_one_keeps_its_id(tmp_path
         (2, 0.5),
     ]
     histogram = next(row for row in rows if "reward/score.values" in row)
-    assert histogram["step"] == 1 and sum(histogram["reward/score.values"]) == 3
+    assert histogram["step"] == 1
+    assert sum(histogram["reward/score.values"]) == 3
     table = next(tmp_path.glob("wandb/offline-run-*/files/media/table/samples/train*.table.json"))
     assert json.loads(table.read_text()) == {
         "columns": ["response", "scores", "note"],
@@ -71,7 +73,8 @@ def test_an_offline_run_can_be_read_back_and_a_resumed_one_keeps_its_id(tmp_path
         ((tmp_path / "wandb_id.txt").read_text().strip(), "my-project", "small", "a-tag")
     }
     settings = items(runs[0].config.update)
-    assert settings["rollout"]["prompts_per_step"] == 2 and settings["reward"]["missing_eos_penalty"] == 1.0
+    assert settings["rollout"]["prompts_per_step"] == 2
+    assert settings["reward"]["missing_eos_penalty"] == 1.0
     metrics = [record.metric for record in records(tmp_path) if record.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in [(metric.glob_name, metric.step_metric) for metric in metrics]
     summaries = [items(r.summary.update) for r in records(tmp_path) if r.WhichOneof("record_type") == "summary"]
@@ -94,12 +97,15 @@ def test_without_a_network_an_online_run_goes_on_offline_and_its_key_is_in_no_fi
     tracker.log(1, {"reward/score_mean": 0.25})
     tracker.finish("completed", {})
     sentences = [record.getMessage() for record in caplog.records if record.name == wandb_run.__name__]
-    assert len(sentences) == 2 and "127.0.0.1:9" in sentences[0]
-    assert sentences[0].startswith("W&B could not start online (") and "goes on offline" in sentences[1]
+    assert len(sentences) == 2
+    assert "127.0.0.1:9" in sentences[0]
+    assert sentences[0].startswith("W&B could not start online (")
+    assert "goes on offline" in sentences[1]
     assert [row["reward/score_mean"] for row in history(tmp_path) if "reward/score_mean" in row] == [0.25]
     assert metric_rows(tmp_path)[0]["tracking/wandb_errors"] == 1.0
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert files and not any(key.encode() in file.read_bytes() for file in files)
+    assert files
+    assert not any(key.encode() in file.read_bytes() for file in files)
 
 
 def test_a_run_outlives_the_death_of_wandbs_own_process(tmp_path, run_config):

@@ -1,0 +1,152 @@
+"""The learner with the real DeepSpeed: what must not change its update, and what must not happen without one."""
+
+import numpy as np
+import pytest
+import torch
+from stand_ins import make_config, run_ranks, share_of, weights_of, write_model
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(str(tmp_path_factory.mktemp("model")))
+
+
+def update_and_read(learner, rank, num_ranks):
+    """Two steps on this rank's share; the metrics of the second, and the weights."""
+    learner.update(*share_of(rank, num_ranks, seed=0))
+    metrics = learner.update(*share_of(rank, num_ranks, seed=1))
+    return metrics, weights_of(learner)
+
+
+@pytest.fixture(scope="module")
+def single_rank(folder):
+    return {
+        name: run_ranks(update_and_read, make_config(folder, learner={"lora": lora}), 1)[0]
+        for name, lora in {"full": None, "lora": {"rank": 4}}.items()
+    }
+
+
+def assert_same_weights(left, right, tolerance):
+    assert left.keys() == right.keys()
+    for name, weight in left.items():
+        torch.testing.assert_close(weight, right[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_every_zero_stage_on_two_ranks_gives_the_update_of_one_rank(folder, single_rank, stage, adapter):
+    lora = {"rank": 4} if adapter == "lora" else None
+    config = make_config(folder, learner={"num_ranks": 2, "zero_stage": stage, "lora": lora})
+    (metrics, weights), (other_metrics, other_weights) = run_ranks(update_and_read, config, 2)
+    expected_metrics, expected_weights = single_rank[adapter]
+    assert_same_weights(weights, expected_weights, TOLERANCE)
+    assert_same_weights(weights, other_weights, 0)
+    for key in ("policy/loss", "policy/kl_to_ref", "policy/grad_norm", "critic/loss", "advantage/std"):
+        assert metrics[key] == pytest.approx(expected_metrics[key], rel=1e-4, abs=1e-6), key
+        assert metrics[key] == other_metrics[key], key
+
+
+def test_micro_batch_size_and_padding_do_not_change_the_update(folder, single_rank):
+    for size in (1, 16):
+        config = make_config(folder, learner={"micro_batch_size": size})
+        _, weights = run_ranks(update_and_read, config, 1)[0]
+        assert_same_weights(weights, single_rank["full"][1], TOLERANCE)
+
+
+def test_two_runs_with_one_seed_are_equal_to_the_bit(folder, single_rank):
+    _, weights = run_ranks(update_and_read, make_config(folder), 1)[0]
+    assert_same_weights(weights, single_rank["full"][1], 0)
+
+
+def test_the_update_moves_every_weight_of_the_policy(folder, single_rank):
+    start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, weight in single_rank["full"][1].items():
+        assert not torch.equal(weight, start[name]), name
+
+
+def nothing_drifts(learner, rank):
+    """Metrics of two steps with learning rate 0, and the weights."""
+    return [learner.update(*share_of(rank, 1, seed=s)) for s in (0, 1)], weights_of(learner)
+
+
+def test_with_a_vanishing_learning_rate_nothing_drifts_and_every_ratio_is_one(folder):
+    config = make_config(folder, learner={"lr": 1e-30}, objective={"num_epochs": 2, "num_minibatches": 2})
+    steps, weights = run_ranks(nothing_drifts, config)[0]
+    for metrics in steps:
+        assert metrics["policy/first_ratio_error"] < 1e-5
+        assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+        assert metrics["policy/kl_to_ref"] == 0
+    start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert_same_weights(weights, {name: start[name] for name in weights}, 1e-7)
+
+
+def save_load_and_go_on(learner, rank, folder):
+    """Weights after save, one more step, load, and the same step again."""
+    learner.update(*share_of(rank, 2, seed=0))
+    learner.save(folder)
+    first = learner.update(*share_of(rank, 2, seed=1)), weights_of(learner)
+    learner.load(folder)
+    second = learner.update(*share_of(rank, 2, seed=1)), weights_of(learner)
+    return first, second
+
+
+@pytest.mark.parametrize(("stage", "adapter"), [(2, {"rank": 4}), (3, None)])
+def test_a_loaded_checkpoint_continues_with_the_same_numbers(folder, tmp_path, stage, adapter):
+    config = make_config(
+        folder,
+        learner={"num_ranks": 2, "zero_stage": stage, "lora": adapter},
+        objective={
+            "critic": {"trunk": "own", "lr": 1e-2},
+            "kl": {"control": {"kind": "adaptive", "target_per_sequence": 1, "horizon": 100}},
+        },
+    )
+    for (metrics, weights), (metrics_again, weights_again) in run_ranks(save_load_and_go_on, config, str(tmp_path)):
+        assert_same_weights(weights, weights_again, 1e-7)
+        for key in ("kl/coef", "policy/loss", "critic/loss", "critic/value_mean"):
+            assert metrics[key] == pytest.approx(metrics_again[key], abs=1e-7), key
+
+
+def export_and_read(learner, rank, folder):
+    """Weights after a step, exported to `folder`."""
+    learner.update(*share_of(rank, 2))
+    learner.export(folder)
+    return weights_of(learner)
+
+
+def test_the_export_of_a_tied_model_with_adapters_is_a_hugging_face_folder_with_the_same_weights(tmp_path):
+    from raylhf.models.tiny import byte_tokenizer
+
+    folder = write_model(str(tmp_path / "tied"), vocab_size=300, tie=True)
+    byte_tokenizer().save_pretrained(folder)
+    config = make_config(folder, learner={"num_ranks": 2, "zero_stage": 3, "lora": {"rank": 4}})
+    weights = run_ranks(export_and_read, config, str(tmp_path / "export"))[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    exported = dict(model.named_parameters())
+    assert_same_weights(weights, {name: exported[name].data for name in weights}, 0)
+    assert exported.keys() == weights.keys()
+
+
+def measure_all(learner, rank):
+    """KL and entropy after a step; ranks hold different numbers of rows."""
+    learner.update(*share_of(rank, 2))
+    rollouts, _ = share_of(0, 1, seed=3)
+    share = rollouts[:5] if rank == 0 else rollouts[5:]
+    return learner.measure(share)
+
+
+def measure_alone(learner, rank):
+    """The same on one rank."""
+    learner.update(*share_of(rank, 1))
+    return learner.measure(share_of(0, 1, seed=3)[0])
+
+
+def test_measuring_does_not_depend_on_how_rows_are_shared_out(folder):
+    alone = run_ranks(measure_alone, make_config(folder, learner={"lora": {"rank": 4}}))[0]
+    shared = run_ranks(measure_all, make_config(folder, learner={"lora": {"rank": 4}, "num_ranks": 2}))
+    assert shared[0] == shared[1]
+    assert shared[0]["eval/kl_to_ref"] == pytest.approx(alone["eval/kl_to_ref"], rel=1e-4)
+    assert np.isfinite(list(alone.values())).all()
