@@ -29,11 +29,11 @@ class _Host:
         return getattr(self._worker, method)(*[_fetched(arg) for arg in args], **kwargs)
 
 
-class _AsyncHost(_Host):
+class _AsyncHost:
     """Runs one plain worker whose methods are coroutines; many calls are in flight at once."""
 
-    async def node_ip(self) -> str:
-        return ray.util.get_node_ip_address()
+    def __init__(self, build: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._worker = build(*args, **kwargs)
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         result = getattr(self._worker, method)(*args, **kwargs)
@@ -71,8 +71,7 @@ class ActorGroup:
 
     def node_ip(self, index: int, *, timeout_s: float) -> str:
         """Address of the node that a worker runs on."""
-        reference = self.actors[index].node_ip.remote()
-        return gather({self.name(index): reference}, phase="node_ip", timeout_s=timeout_s)[0]
+        return gather({self.name(index): self.actors[index].node_ip.remote()}, phase="node_ip", timeout_s=timeout_s)[0]
 
     def name(self, index: int) -> str:
         return f"{self.role} {index}"

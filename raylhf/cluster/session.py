@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from raylhf.config.cluster import ClusterConfig
 
@@ -93,7 +94,7 @@ def run_on_cluster(function: Callable[..., Any], *args: Any, timeout_s: float, *
     reference = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(function).remote(*args, **kwargs)
     try:
         return ray.get(reference, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
+    except GetTimeoutError as error:
         raise TimeoutError(f"{function.__name__} did not finish within {timeout_s:g} s") from error
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise error.cause if isinstance(error.cause, ValueError) else error from None

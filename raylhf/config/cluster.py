@@ -10,7 +10,7 @@ class ClusterConfig(Settings):
     """Ray cluster to join (`auto` or host:port); null starts Ray on this machine for the run alone."""
     num_nodes: int = Field(default=1, ge=1, le=10_000)
     """Nodes the run is planned for (`raylhf check` compares the request with them)."""
-    cpus_per_node: float = Field(default=2.0, gt=0)
+    cpus_per_node: int = Field(default=2, ge=1)
     """CPUs of one node; where raylhf starts Ray itself, the number that it offers."""
     gpus_per_node: int = Field(default=0, ge=0, le=128)
     """GPUs of one node."""

@@ -12,7 +12,7 @@ class LoRAConfig(Settings):
 
     rank: int = Field(ge=1)
     """Rank of the adapters."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: int = Field(default=16, ge=1)
     """Scale: the update is alpha / rank times B A."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Layers that get an adapter."""

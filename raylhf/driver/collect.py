@@ -37,7 +37,7 @@ def collect(
     """Sample and score `num_responses` for each prompt, in the prompts' order.
 
     A group goes to its reward worker the moment it is sampled: the reward call waits for the rollout's reference in
-    Ray, not for the batch. Seeds depend on `seed_key` and the prompt alone, so the number of workers changes nothing.
+    Ray, not for the batch. Seeds depend on `seed_key`, the prompt and its place in the batch, not on the workers.
     """
     submitted = []
     for i, prompt in enumerate(prompts):
@@ -46,7 +46,7 @@ def collect(
             "generate",
             prompt,
             num_responses=num_responses,
-            seed=response_seed(config.seed, *seed_key, prompt.index),
+            seed=response_seed(config.seed, *seed_key, i, prompt.index),
             num_returns=2,
         )
         rewards, reward_summary = workers.reward.submit(i % len(workers.reward), "score", rollouts, num_returns=2)
@@ -55,8 +55,9 @@ def collect(
     for i, (prompt, (_, _, rollout_summary, reward_summary)) in enumerate(zip(prompts, submitted, strict=True)):
         sampler = workers.rollout.name(i % len(workers.rollout))
         scorer = workers.reward.name(i % len(workers.reward))
-        summaries[f"{sampler} (prompt {prompt.index})"] = rollout_summary
-        summaries[f"{scorer} (prompt {prompt.index})"] = reward_summary
+        # By place: a batch that crosses the end of an epoch may hold a prompt twice.
+        summaries[f"{sampler} (place {i}, prompt {prompt.index})"] = rollout_summary
+        summaries[f"{scorer} (place {i}, prompt {prompt.index})"] = reward_summary
     values = gather(
         summaries, phase="rollout and reward", timeout_s=config.cluster.step_timeout_s, should_stop=should_stop
     )

@@ -38,7 +38,7 @@ class Experience:
     valid: Tensor
     """Whether the row counts, bool [R]."""
     group_ids: Tensor
-    """The row's prompt, long [R]."""
+    """The row's group (one draw of a prompt), long [R]."""
     is_truncated: Tensor
     """Whether the response ran into the length limit, bool [R]."""
     token_scores: Tensor | None = None
@@ -54,8 +54,10 @@ class Experience:
         return mask_out(kl, self.response_mask).sum(dim=1)
 
 
-def assign_credit(experience: Experience, objective: PPOConfig, *, kl_coef: float, all_reduce: AllReduce) -> Experience:
-    """Fill in `advantages` (whitened where asked for) and, with a critic, `returns`."""
+def assign_credit(
+    experience: Experience, objective: PPOConfig, *, kl_coef: float, all_reduce: AllReduce
+) -> tuple[Experience, dict[str, float]]:
+    """Fill in `advantages` (whitened where asked for) and, with a critic, `returns`; and metrics over all ranks."""
     x = experience
     reward_kl_coef = kl_coef if objective.kl.placement == "reward" else 0.0
     rewards = shape_rewards(

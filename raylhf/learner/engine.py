@@ -113,17 +113,20 @@ def optimizer_step(
     Each loss is already divided by the step's global denominator. DeepSpeed takes the mean over ranks, so the loss is
     multiplied by their number: what is minimised is the sum over all micro-batches and ranks.
     """
-    for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
+    optimizer: Any = engine.optimizer
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         group["lr"] = lr
     for i, compute in enumerate(micro_losses):
         engine.set_gradient_accumulation_boundary(i == len(micro_losses) - 1)
         engine.backward(compute() * dist.get_world_size())
-    norm = _plain_gradient_norm(engine) if engine.zero_optimization_stage() == 0 else None
+    norm = _plain_gradient_norm(engine.module) if engine.zero_optimization_stage() == 0 else None
     engine.step()
-    return float(engine.get_global_grad_norm()) if norm is None else norm
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
 
 
-def _plain_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+def _plain_gradient_norm(module: Any) -> float | None:
     """DeepSpeed keeps no norm of unpartitioned float32 gradients; they are reduced and unclipped at this point."""
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None

@@ -48,7 +48,7 @@ class PPOUpdate:
     # --- experience -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def experience(self, rollouts: Rollouts, rewards: RewardOutput) -> Experience:
+    def experience(self, rollouts: Rollouts, rewards: RewardOutput, group_ids: Sequence[int]) -> Experience:
         """Old, reference and rollout log-probabilities and values of this rank's rows, and which of them count."""
         width = max(len(ids) for ids in rollouts.response_ids)
         columns = self._forward_all(rollouts, width)
@@ -64,7 +64,7 @@ class PPOUpdate:
             values=columns.get("values"),
             scores=torch.from_numpy(np.where(rewards.valid, rewards.scores, 0.0)).float().to(self._device),
             valid=valid,
-            group_ids=torch.tensor([prompt.index for prompt in rollouts.prompts], device=self._device),
+            group_ids=torch.tensor(group_ids, device=self._device),
             is_truncated=torch.from_numpy(rollouts.is_truncated).to(self._device),
             token_scores=None if dense is None else pad_rows(dense, width, self._device),
         )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class PolicyWeights:
         return groups
 
 
-def _adapter_parameters(layer: nn.Module) -> list[nn.Parameter]:
+def _adapter_parameters(layer: Any) -> list[nn.Parameter]:
     return [p for name, p in layer.named_parameters() if "lora_" in name]
 
 

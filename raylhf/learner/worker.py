@@ -88,7 +88,9 @@ class LearnerWorker:
         """
         started = time.perf_counter()
         rows = without_empty(Rollouts.concatenate(rollouts))
-        experience = self._update.experience(rows, RewardOutput.concatenate(rewards))
+        # A group is one part: a prompt that was drawn twice is two groups.
+        group_ids = [group for group, part in enumerate(rollouts) for _ in range(len(part))]
+        experience = self._update.experience(rows, RewardOutput.concatenate(rewards), group_ids)
         logprobs_s = time.perf_counter() - started
         kl_coef = self._kl.coef
         metrics = experience_metrics(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -13,7 +14,7 @@ ADAPTER = "raylhf"
 
 
 def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: float, target_modules: tuple[str, ...] | str, seed: int
+    model: PreTrainedModel, *, rank: int, alpha: int, target_modules: tuple[str, ...] | str, seed: int
 ) -> None:
     """Freeze `model` and put a trainable adapter into its linear layers (not into the output layer).
 
@@ -47,7 +48,7 @@ def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def merged_weight(layer: LoraLayer, base: Tensor) -> Tensor:
-    """`base` plus the adapter's update, added in float32 (in bfloat16 small updates would be rounded away)."""
+def merged_weight(layer: Any, base: Tensor) -> Tensor:
+    """`base` plus the update of `layer` (a LoraLayer), added in float32 (in bfloat16 small updates would be rounded away)."""
     update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
     return (base.float() + layer.scaling[ADAPTER] * update).to(base.dtype)

@@ -72,7 +72,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 -- nn.Module's types know no floats
     return model
 
 
@@ -90,9 +90,10 @@ def write_model_folder(
 
 def stop_token_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's EOS and all those of generation_config.json."""
-    ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    own: Any = tokenizer.eos_token_id
+    ids = set() if own is None else {int(own)}
     try:
-        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        listed: Any = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:  # the file is optional
         listed = None
     if listed is not None:
@@ -146,8 +147,7 @@ def _convert_gguf(file: Path, folder: str) -> str:
         source, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # the weights are ordinary now
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

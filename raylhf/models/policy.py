@@ -3,6 +3,8 @@
 Only response positions reach the output layers: no logits and no values are spent on prompts and padding.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
@@ -50,7 +52,8 @@ class PolicyModel(nn.Module):
         super().__init__()
         _refuse_changed_logits(lm)
         self.lm = lm
-        self.token_head = TokenHead(lm.get_output_embeddings().weight, chunk_size=logprob_chunk)
+        output_layer: Any = lm.get_output_embeddings()
+        self.token_head = TokenHead(output_layer.weight, chunk_size=logprob_chunk)
         self.value_head = ValueHead(lm.config.hidden_size, lm.dtype) if with_value_head else None
 
     def forward(

@@ -57,7 +57,9 @@ def tiny_model(*, vocab_size: int, seed: int, eos_token_id: int | None = None) -
 def write_tiny_model(folder: str | Path, *, seed: int = 0) -> str:
     """Write the tiny model and its byte tokenizer as an ordinary Hugging Face folder and return the folder."""
     tokenizer = byte_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), seed=seed, eos_token_id=tokenizer.eos_token_id)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert isinstance(end, int)
+    model = tiny_model(vocab_size=len(tokenizer), seed=seed, eos_token_id=end)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -38,7 +38,8 @@ def log_policy(lm) -> Tensor:
     logprobs = lm(tokens).logits.double().log_softmax(-1)
     rows = torch.arange(len(RESPONSES))
     start = len(PROMPT) - 1  # the logits that predict the first response token
-    return sum(logprobs[rows, start + t, torch.from_numpy(RESPONSES[:, t])] for t in range(LENGTH))
+    steps = [logprobs[rows, start + t, torch.from_numpy(RESPONSES[:, t])] for t in range(LENGTH)]
+    return torch.stack(steps).sum(0)
 
 
 def divergence(left: Tensor, right: Tensor) -> float:
@@ -67,7 +68,7 @@ def as_groups(indexes: np.ndarray, table: Tensor, policy: Tensor, group_size: in
                 response_ids=[RESPONSES[i] for i in members],
                 rollout_logprobs=[np.full(LENGTH, policy[i].item() / LENGTH, np.float32) for i in members],
                 response_texts=[""] * group_size,
-                finish_reasons=["length"] * group_size,
+                finish_reasons=("length",) * group_size,
                 policy_versions=np.zeros(group_size, dtype=np.int64),
                 temperature=1.0,
             )
@@ -90,9 +91,7 @@ def train_to_optimum(learner, rank: int, group_size: int) -> tuple[float, float,
     return divergence(reference, optimum), divergence(final, optimum), off_by
 
 
-@pytest.mark.parametrize(
-    ("advantage", "group_size"), [("gae", 1), ("reinforce_pp", 1), ("rloo", 8), ("dr_grpo", 8)]
-)
+@pytest.mark.parametrize(("advantage", "group_size"), [("gae", 1), ("reinforce_pp", 1), ("rloo", 8), ("dr_grpo", 8)])
 def test_ppo_with_a_kl_penalty_converges_to_the_closed_form_optimum(folder, advantage, group_size):
     critic = {"trunk": "shared", "lr": 3e-2, "value_clip_eps": None} if advantage == "gae" else {}
     config = make_config(

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ class ListSource:
         self._parameters = parameters
 
     def metadata(self):
-        return [SimpleNamespace(name=n, dtype=t.dtype, shape=tuple(t.shape)) for n, t in self._parameters.items()]
+        return [ParameterInfo(n, t.dtype, tuple(t.shape)) for n, t in self._parameters.items()]
 
     def __iter__(self):
         for name, tensor in self._parameters.items():
@@ -105,8 +104,8 @@ def transfer(sender: TransferGroup, receiver: TransferGroup, source: ListSource,
 
 def test_buckets_are_full_but_the_last_and_a_large_parameter_spans_several():
     metadata = [
-        SimpleNamespace(name="a", dtype=torch.float32, shape=(3,)),
-        SimpleNamespace(name="b", dtype=torch.bfloat16, shape=(2, 7)),
+        ParameterInfo("a", torch.float32, (3,)),
+        ParameterInfo("b", torch.bfloat16, (2, 7)),
     ]
     # 12 and 28 bytes in buckets of 16: [a, 4 of b], [16 of b], [8 of b].
     assert plan_buckets(metadata, 16) == [
@@ -173,7 +172,7 @@ def test_a_receiver_that_missed_a_round_notices(pair):
 
 def test_a_source_that_contradicts_its_metadata_is_refused_before_its_bytes_are_sent(pair):
     source = ListSource({"w": torch.ones(4)})
-    wrong = [SimpleNamespace(name="w", dtype=torch.float32, shape=(2, 2))]
+    wrong = [ParameterInfo("w", torch.float32, (2, 2))]
     with pytest.raises(ValueError, match="weight source yielded"):
         send_parameters(pair[0], source, wrong, round_=1)
 

@@ -32,6 +32,7 @@ def test_sigkill_of_the_worker_takes_the_engine_with_it(tmp_path):
     command = [sys.executable, "-c", OWNER, folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         try:
+            assert owner.stdout is not None
             line = next(line for line in owner.stdout if line.startswith("children"))
             engine = psutil.Process(owner.pid).children(recursive=True)
             assert {int(pid) for pid in line.split()[1:]} <= {process.pid for process in engine}
