@@ -33,7 +33,7 @@ setup_environment() {
     local extras=$accelerator extra
     for extra in "$@"; do extras+=",$extra"; done
     local wanted
-    wanted="$extras $(cat pyproject.toml launch/constraints.txt | cksum)"
+    wanted="$extras $(cat pyproject.toml launch/constraints-cpu.txt | cksum)"
     if [ "$(cat .venv/.raylhf 2>/dev/null)" = "$wanted" ]; then
         say "environment .venv is up to date ($extras)"
         return
@@ -47,10 +47,13 @@ setup_environment() {
     say "creating .venv with $("$python" --version) for $accelerator ($extras)"
     "$python" -m venv .venv || fail "cannot create .venv; on Debian and Ubuntu install python3-venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check uv || fail "cannot install uv from the package index; see the message above"
-    local options=(--python .venv/bin/python --constraint launch/constraints.txt) folder
+    local options=(--python .venv/bin/python) folder
     for folder in ${PIP_FIND_LINKS:-}; do options+=(--find-links "$folder"); done
-    # The CPU build of torch is not on the default index: take a local wheel, or let uv find PyTorch's own index.
-    if [ "$accelerator" = cpu ] && ! has_local_cpu_torch; then options+=(--torch-backend cpu); fi
+    if [ "$accelerator" = cpu ]; then
+        options+=(--constraint launch/constraints-cpu.txt) # on a GPU, vLLM's own pins decide
+        # The CPU build of torch is not on the default index: take a local wheel, or let uv find PyTorch's own index.
+        has_local_cpu_torch || options+=(--torch-backend cpu)
+    fi
     export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-}}
     export UV_INDEX=${UV_INDEX:-${PIP_EXTRA_INDEX_URL:-}}
     [ -n "$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX

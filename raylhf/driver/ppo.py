@@ -35,38 +35,42 @@ class Run:
     """Held-out evaluations so far, oldest first."""
     step: int = 0
     """Steps done; also the version of the weights."""
+    saved_step: int = 0
+    """Step of the newest checkpoint."""
 
 
 def train_ppo(run: Run) -> str:
     """Train until the last step; returns why it ended: `complete`, `stopped` or `over KL budget`."""
-    config = run.config
+    run.saved_step = run.step
     publish_weights(run)  # a resumed learner is ahead of the folder that the engines loaded
+    try:
+        status = _loop(run)
+    except StopRequestedError:
+        status = "stopped"
+    if run.saved_step < run.step:
+        save(run)
+    return status
+
+
+def _loop(run: Run) -> str:
+    config, status = run.config, "complete"
     if not run.evaluations:
         evaluate_now(run)
-    saved_step, status = run.step, "complete"
     while run.step < config.num_steps:
-        try:
-            kl = train_step(run)
-        except StopRequestedError:
-            status = "stopped"
-            break
+        kl = train_step(run)
         if run.step % (config.checkpoint.every_steps or config.num_steps) == 0:
             save(run)
-            saved_step = run.step
+        if run.should_stop():
+            return "stopped"
         budget = config.objective.kl.budget_per_sequence
         if budget is not None and kl > budget:
             status = "over KL budget"
             break
-        if run.should_stop():
-            status = "stopped"
-            break
         every = config.evaluation.every_steps
         if every and run.step % every == 0 and run.step < config.num_steps:
             evaluate_now(run)
-    if status != "stopped" and (not run.evaluations or run.evaluations[-1]["step"] < run.step):
+    if not run.evaluations or run.evaluations[-1]["step"] < run.step:
         evaluate_now(run)
-    if saved_step < run.step:
-        save(run)
     return status
 
 
@@ -168,4 +172,5 @@ def save(run: Run) -> None:
     run.workers.learner.call_all("save", str(folder), timeout_s=run.config.cluster.step_timeout_s)
     state = {"step": run.step, "order": run.order.state(), "evaluations": run.evaluations}
     commit_checkpoint(folder, step=run.step, state=state, keep=run.config.checkpoint.keep)
+    run.saved_step = run.step
     run.tracker.log(run.step, {"time/save_s": seconds()})

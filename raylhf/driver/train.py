@@ -32,7 +32,7 @@ def train(config: RunConfig) -> int:
     prompts, held_out = split_held_out(load_prompts(config.data), config.data.held_out, config.seed)
     checkpoint = newest_checkpoint(folder) if config.checkpoint.resume else None
     resumed_step = None if checkpoint is None else int(checkpoint[1]["step"])
-    if resumed_step is not None and resumed_step >= config.num_steps:
+    if resumed_step is not None and resumed_step >= config.num_steps and _is_exported(config, folder):
         print(
             f"The run {config.name!r} is complete: {folder} holds step {resumed_step} of {config.num_steps}. Raise "
             "num_steps to go on, or give another name= to start anew."
@@ -92,6 +92,11 @@ def _run(
                 tracker.set_phase("export")
                 workers.learner.call_all("export", str(folder / "export"), timeout_s=config.cluster.step_timeout_s)
             return status
+
+
+def _is_exported(config: RunConfig, folder: Path) -> bool:
+    """Whether nothing is left to do after the last step."""
+    return not config.checkpoint.export or (folder / "export" / "config.json").is_file()
 
 
 def restore(run: Run, folder: Path, state: dict[str, Any]) -> None:

@@ -49,6 +49,6 @@ def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
 
 
 def merged_weight(layer: Any, base: Tensor) -> Tensor:
-    """`base` plus the update of `layer` (a LoraLayer), added in float32 (in bfloat16 small updates would be rounded away)."""
+    """`base` plus the update of `layer` (a LoraLayer), added in float32: bfloat16 would round small updates away."""
     update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
     return (base.float() + layer.scaling[ADAPTER] * update).to(base.dtype)

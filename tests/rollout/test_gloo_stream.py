@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class ListSource:
 
 def in_thread(function: Callable, *args, **kwargs) -> Callable:
     """Start it; the returned function waits and gives its result or raises its error."""
-    outcome: dict[str, object] = {}
+    outcome: dict[str, Any] = {}
 
     def run() -> None:
         try:
@@ -90,7 +91,10 @@ def parameters_of_many_kinds() -> dict[str, torch.Tensor]:
     }
 
 
-def transfer(sender: TransferGroup, receiver: TransferGroup, source: ListSource, *, round_: int = 1, expect: int = 1):
+def transfer(
+    pair: tuple[TransferGroup, TransferGroup], source: ListSource, *, round_: int = 1, expect: int = 1
+) -> dict[str, torch.Tensor]:
+    sender, receiver = pair
     metadata = source.metadata()
     sent = in_thread(send_parameters, sender, source, metadata, round_=round_, bucket_bytes=256)
     try:
@@ -117,7 +121,7 @@ def test_buckets_are_full_but_the_last_and_a_large_parameter_spans_several():
 
 def test_every_kind_of_parameter_arrives_equal_to_the_bit(pair):
     parameters = parameters_of_many_kinds()
-    received = transfer(*pair, ListSource(parameters))
+    received = transfer(pair, ListSource(parameters))
     assert list(received) == list(parameters)
     for name, tensor in parameters.items():
         assert received[name].dtype == tensor.dtype
@@ -127,7 +131,7 @@ def test_every_kind_of_parameter_arrives_equal_to_the_bit(pair):
 def test_a_group_serves_round_after_round(pair):
     for round_ in (1, 2, 3):
         source = ListSource({"w": torch.full((100,), float(round_))})
-        assert transfer(*pair, source, round_=round_, expect=round_)["w"].eq(round_).all()
+        assert transfer(pair, source, round_=round_, expect=round_)["w"].eq(round_).all()
 
 
 def test_several_replicas_receive_the_same_stream():
@@ -161,13 +165,13 @@ def test_a_corrupted_bucket_is_noticed_and_its_parameters_are_named(pair, monkey
         {"good": torch.ones(64), "bad": torch.ones(32), "worse": torch.ones(8), "after": torch.ones(90)}
     )
     with pytest.raises(CorruptWeightsError, match=r"bucket 1 is wrong: bad, worse, after arrived corrupted"):
-        transfer(sender, receiver, source)
+        transfer((sender, receiver), source)
     assert len(calls) == 4  # the sender was not left hanging
 
 
 def test_a_receiver_that_missed_a_round_notices(pair):
     with pytest.raises(CorruptWeightsError, match="expected bucket 0 of round 2, got bucket 0 of round 1"):
-        transfer(*pair, ListSource({"w": torch.ones(4)}), round_=1, expect=2)
+        transfer(pair, ListSource({"w": torch.ones(4)}), round_=1, expect=2)
 
 
 def test_a_source_that_contradicts_its_metadata_is_refused_before_its_bytes_are_sent(pair):
@@ -231,7 +235,7 @@ def test_the_nccl_senders_meeting_point_is_what_vllms_engine_asks_for():
     sender = open_sender("nccl", rank=0, **arguments)
     init = NCCLWeightTransferInitInfo(**sender.prepare())
     assert (init.world_size, init.rank_offset, init.packed) == (4, 1, True)
-    assert init.master_port > 0
+    assert init.master_port
     assert NCCLWeightTransferUpdateInfo(**sender.update_info()).dtype_names == ["bfloat16"]
     sender.close()
     gatherer = open_sender("nccl", rank=1, **arguments)

@@ -1,0 +1,162 @@
+"""`raylhf` as a user starts it: a process of its own, watched together with everything that it starts."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = REPOSITORY / "configs" / "tiny_ppo.yaml"
+MARK = "RAYLHF_TEST_RUN"
+WAIT_S = 400.0
+"""Limit of one run. A calm machine with two cores needs 40 to 70 s; this one may be shared with other work."""
+END_S = 90.0
+"""Limit from a signal to the end of the run: the learning step in progress is finished, then a checkpoint is written."""
+GRACE_S = 10.0
+POLL_S = 0.2
+
+
+@dataclass
+class Command:
+    """A started `raylhf` command."""
+
+    process: psutil.Popen
+    folder: Path
+    """The run's folder."""
+    mark: str
+    """Value of the variable MARK in the environment of the command and of what it starts."""
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    seen: set[psutil.Process] = field(default_factory=set)
+    """Every process below the command's that was there at one of the looks at it."""
+
+    @property
+    def output(self) -> str:
+        return (self.folder.parent / f"{self.mark}.out").read_text()
+
+    @property
+    def errors(self) -> str:
+        return (self.folder.parent / f"{self.mark}.err").read_text()
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until `condition` holds while the command runs."""
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}\n{self.story()}"
+            assert time.monotonic() < deadline, f"no {what} within {WAIT_S:g} s\n{self.story()}"
+            self._look()
+            time.sleep(POLL_S)
+
+    def wait(self, timeout_s: float = WAIT_S) -> int:
+        """The exit code."""
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"still running after {timeout_s:g} s\n{self.story()}"
+            self._look()
+            time.sleep(POLL_S)
+        self.seconds = time.monotonic() - self.started
+        return self.process.returncode
+
+    def interrupt(self) -> None:
+        """Ctrl-C in a terminal: SIGINT to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def left_running(self) -> list[str]:
+        """Processes of the command that outlive it by GRACE_S."""
+        _, alive = psutil.wait_procs(self.seen | self._marked(), timeout=GRACE_S)
+        return [described for process in alive if (described := _describe(process))]
+
+    def kill(self) -> None:
+        """End everything at once."""
+        self._look()
+        for process in [self.process, *self.seen, *self._marked()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        path = self.folder / file
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def story(self) -> str:
+        """What the command wrote, for the message of a failed test."""
+        return f"--- stdout\n{self.output[-3000:]}\n--- stderr\n{self.errors[-6000:]}"
+
+    def _look(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.seen.update(self.process.children(recursive=True))
+
+    def _marked(self) -> set[psutil.Process]:
+        """Processes with our mark in their environment, wherever they hang in the tree of processes."""
+        found = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark:
+                    found.add(process)
+        return found
+
+
+class CommandLine:
+    """Starts commands in one place: a home, a folder for temporary files and a cache of models for all of them."""
+
+    def __init__(self, place: Path):
+        self.place = place
+        self.commands: list[Command] = []
+        (place / "home").mkdir()
+        (place / "runs").mkdir()
+        self._environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "RAY_", "VLLM_"))
+        }
+        self._environment |= {
+            "HOME": str(place / "home"),
+            "TMPDIR": str(place),
+            "RAYLHF_CACHE": os.environ.get("RAYLHF_CACHE", str(place / "cache")),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
+            "COLUMNS": "200",
+        }
+
+    def start(
+        self, name: str, *overrides: str, config: Path = TINY, environment: Mapping[str, str] | None = None
+    ) -> Command:
+        """Start `raylhf train` with a plain console; the run's folder is `runs/NAME`."""
+        mark = f"{name}.{len(self.commands)}"
+        runs = self.place / "runs"
+        command = [str(Path(sys.executable).with_name("raylhf")), "train", str(config)]
+        command += [f"name={name}", f"output_dir={runs}", "tracking.console=plain", *overrides]
+        with (runs / f"{mark}.out").open("w") as out, (runs / f"{mark}.err").open("w") as err:
+            process = psutil.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=self.place,
+                env=self._environment | {MARK: mark} | dict(environment or {}),
+                start_new_session=True,
+            )
+        self.commands.append(Command(process, runs / name, mark))
+        return self.commands[-1]
+
+    def run(self, name: str, *overrides: str, **options: Any) -> Command:
+        """Start and wait for the end, whatever its exit code."""
+        command = self.start(name, *overrides, **options)
+        command.wait()
+        return command
+
+
+def _describe(process: psutil.Process) -> str:
+    """Command line of a process; empty if it has ended (a zombie holds nothing and waits for its parent's wait)."""
+    try:
+        status = process.status()
+        return "" if status == psutil.STATUS_ZOMBIE else f"{process.pid} {status} {' '.join(process.cmdline())[:200]}"
+    except psutil.NoSuchProcess:
+        return ""
