@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
 POLL_S = 0.5
 
@@ -69,9 +69,9 @@ class ActorGroup:
         """Call every worker and wait for all of them."""
         return gather(self.submit_all(method, *args, **kwargs), phase=method, timeout_s=timeout_s)
 
-    def node_ip(self, index: int, *, timeout_s: float) -> str:
-        """Address of the node that a worker runs on."""
-        return gather({self.name(index): self.actors[index].node_ip.remote()}, phase="node_ip", timeout_s=timeout_s)[0]
+    def node_ip(self, index: int) -> Any:
+        """Reference to the address of the node that a worker runs on."""
+        return self.actors[index].node_ip.remote()
 
     def name(self, index: int) -> str:
         return f"{self.role} {index}"
@@ -144,7 +144,7 @@ def _raise_failure(name: str, reference: Any, phase: str) -> None:
         if isinstance(cause, ValueError):  # the user's mistake: the sentence is enough
             raise ValueError(f"{name}, {phase}: {cause}") from None
         raise WorkerError(f"{name} failed in {phase}: {type(cause).__name__}: {cause}\n{error}") from None
-    except RayActorError as error:
+    except (RayActorError, WorkerCrashedError) as error:
         raise WorkerError(f"{name} died in {phase}: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
 
+from raylhf.cluster.actors import StopRequestedError, gather
 from raylhf.config.cluster import ClusterConfig
 
 LOOPBACK = "127.0.0.1"
@@ -37,7 +38,7 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
     with tempfile.TemporaryDirectory(prefix="raylhf-") as private:
         if config.address is None:
             _use_private_token(Path(private))
-            ray.init(
+            _init_ray(
                 num_cpus=config.cpus_per_node,
                 num_gpus=config.gpus_per_node,
                 object_store_memory=int(config.object_store_gib * 2**30),
@@ -46,11 +47,23 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
                 **common,
             )
         else:
-            ray.init(address=config.address, **common)
+            _init_ray(address=config.address, **common)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _init_ray(**settings: Any) -> None:
+    """`ray.init`, which puts a SIGTERM handler of its own in the place of ours and leaves it there."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**settings)
+    except SystemExit:  # Ray's handler was called
+        ray.shutdown()
+        raise StopRequestedError("starting Ray") from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _use_private_token(folder: Path) -> None:
@@ -89,12 +102,8 @@ def preflight(requests: Sequence[ResourceRequest]) -> None:
             )
 
 
-def run_on_cluster(function: Callable[..., Any], *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+def run_on_cluster(function: Callable[..., Any], *args: Any, timeout_s: float, should_stop: Callable[[], bool]) -> Any:
     """Call `function` once in a process of its own, so that what it imports and loads is gone afterwards."""
-    reference = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(function).remote(*args, **kwargs)
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except GetTimeoutError as error:
-        raise TimeoutError(f"{function.__name__} did not finish within {timeout_s:g} s") from error
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ValueError) else error from None
+    reference = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(function).remote(*args)
+    name = function.__name__
+    return gather({name: reference}, phase="start-up", timeout_s=timeout_s, should_stop=should_stop)[0]

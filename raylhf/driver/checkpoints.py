@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raylhf.tracking.jsonl import unused_name
+
 _PREFIX = "step_"
 _STATE_FILE = "driver.json"
 
@@ -15,6 +17,13 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     for folder in reversed(_checkpoints(run_dir)):
         return folder, json.loads((folder / _STATE_FILE).read_text())
     return None
+
+
+def set_checkpoints_aside(run_dir: Path) -> None:
+    """Move the checkpoints of an earlier run out of the way of one that starts anew (`checkpoints.1`)."""
+    folder = run_dir / "checkpoints"
+    if folder.exists():
+        folder.rename(unused_name(folder))
 
 
 def begin_checkpoint(run_dir: Path, step: int) -> Path:

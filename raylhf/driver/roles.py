@@ -1,8 +1,11 @@
 """What runs inside the roles' processes. Imports stand in the functions: the driver itself loads no torch, vLLM or
 DeepSpeed, which would cost it seconds and half a gigabyte."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from raylhf.batch import Prompt
 from raylhf.config import RunConfig
 
 
@@ -34,13 +37,27 @@ def weight_sender(backend: str, *, source: Any, rank: int, **settings: Any) -> A
     return open_sender(backend, source=source, rank=rank, **settings)
 
 
-def prepare_models(config: RunConfig) -> tuple[str, str]:
-    """Folders (or names) of the policy and of the model that the critic starts from."""
-    from raylhf.models.load import load_model_config, prepare_model
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any engine starts."""
+
+    model: str
+    """Folder (or name) of the policy."""
+    critic: str
+    """The same of the model that the critic starts from."""
+    prompt_lengths: list[int]
+    """Tokens of each prompt under the model's own chat template."""
+
+
+def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
+    """Make the models ready to load and measure the prompts."""
+    from raylhf.models.chat import encode_prompt
+    from raylhf.models.load import load_model_config, load_tokenizer, prepare_model
 
     folder = prepare_model(config.model.path, seed=config.seed)
     critic = config.objective.critic.path
     critic_folder = folder if critic is None else prepare_model(critic, seed=config.seed)
     for name in {folder, critic_folder}:
         load_model_config(name, trust_remote_code=config.model.trust_remote_code)  # fails early, with a sentence
-    return folder, critic_folder
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    return Prepared(folder, critic_folder, [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts])

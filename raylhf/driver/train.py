@@ -1,5 +1,6 @@
 """`raylhf train`: the run's folder, Ray, workers, the loop, the report; and an orderly end whatever happens."""
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -8,31 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from raylhf.batch import Prompt
-from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
+from raylhf.cluster.actors import StopRequestedError, WorkerError
 from raylhf.cluster.session import ray_session, run_on_cluster
 from raylhf.config import RunConfig
-from raylhf.driver.checkpoints import newest_checkpoint
+from raylhf.driver.checkpoints import newest_checkpoint, set_checkpoints_aside
 from raylhf.driver.folder import open_run_folder
 from raylhf.driver.ppo import Run, train_ppo
 from raylhf.driver.report import print_report
-from raylhf.driver.roles import prepare_models
-from raylhf.driver.workers import Workers, running_workers
+from raylhf.driver.roles import prepare
+from raylhf.driver.workers import running_workers
 from raylhf.text.prompts import PromptOrder, drop_overlong, load_prompts, split_held_out
 from raylhf.tracking import Tracker
 
 EXIT_OK, EXIT_FAILED, EXIT_STOPPED = 0, 1, 130
 """EXIT_STOPPED is a shell's code for an interrupt: the run was asked to stop, saved, and can be resumed."""
 
-_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    # Threads that spin while they wait stall each other where cores are shared, as on a laptop: ten times slower, seen.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def train(config: RunConfig) -> int:
     """Run to the end, or to where the user stops it; returns the exit code."""
     folder = open_run_folder(config)
     prompts, held_out = split_held_out(load_prompts(config.data), config.data.held_out, config.seed)
-    checkpoint = newest_checkpoint(folder) if config.checkpoint.resume else None
+    if not config.checkpoint.resume:
+        set_checkpoints_aside(folder)
+    checkpoint = newest_checkpoint(folder)
     resumed_step = None if checkpoint is None else int(checkpoint[1]["step"])
-    if resumed_step is not None and resumed_step >= config.num_steps and _is_exported(config, folder):
+    if resumed_step is not None and resumed_step >= config.num_steps and _is_complete(folder, resumed_step):
         print(
             f"The run {config.name!r} is complete: {folder} holds step {resumed_step} of {config.num_steps}. Raise "
             "num_steps to go on, or give another name= to start anew."
@@ -69,11 +77,15 @@ def _run(
     timeout_s = config.cluster.start_timeout_s
     with ray_session(config.cluster, env=_ENVIRONMENT):
         tracker.set_phase("preparing the model")
-        model, critic = run_on_cluster(prepare_models, config, timeout_s=timeout_s)
+        everything = [*prompts, *held_out]
+        prepared = run_on_cluster(prepare, config, everything, timeout_s=timeout_s, should_stop=should_stop)
+        lengths, longest = prepared.prompt_lengths, config.data.max_prompt_tokens
+        prompts, dropped = drop_overlong(prompts, lengths[: len(prompts)], longest)
+        if held_out:
+            held_out, dropped_held_out = drop_overlong(held_out, lengths[-len(held_out) :], longest)
+            dropped += dropped_held_out
         tracker.set_phase("starting workers")
-        with running_workers(config, model, critic, should_stop=should_stop) as workers:
-            prompts, dropped = without_overlong(config, workers, prompts)
-            held_out, dropped_held_out = without_overlong(config, workers, held_out)
+        with running_workers(config, prepared.model, prepared.critic, should_stop=should_stop) as workers:
             run = Run(
                 config=config,
                 folder=folder,
@@ -82,7 +94,7 @@ def _run(
                 order=PromptOrder(prompts, seed=config.seed, shuffle=config.data.shuffle),
                 held_out=held_out,
                 should_stop=should_stop,
-                dropped_overlong=dropped + dropped_held_out,
+                dropped_overlong=dropped,
                 evaluations=evaluations,
             )
             if checkpoint is not None:
@@ -94,9 +106,11 @@ def _run(
             return status
 
 
-def _is_exported(config: RunConfig, folder: Path) -> bool:
-    """Whether nothing is left to do after the last step."""
-    return not config.checkpoint.export or (folder / "export" / "config.json").is_file()
+def _is_complete(folder: Path, step: int) -> bool:
+    """Whether the run of this folder came to its end at `step`, with the last evaluation and the export."""
+    file = folder / "summary.json"
+    last = json.loads(file.read_text()) if file.is_file() else {}
+    return last.get("status") == "complete" and last["step"] == step
 
 
 def restore(run: Run, folder: Path, state: dict[str, Any]) -> None:
@@ -106,16 +120,6 @@ def restore(run: Run, folder: Path, state: dict[str, Any]) -> None:
     run.order.restore(state["order"])
     run.step = state["step"]
     run.evaluations.extend(state["evaluations"])
-
-
-def without_overlong(config: RunConfig, workers: Workers, prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
-    """Drop prompts that are too long under the model's own chat template, and count them."""
-    if not prompts:
-        return [], 0
-    reference = workers.rollout.submit(0, "prompt_lengths", prompts)
-    timeout_s = config.cluster.start_timeout_s
-    lengths = gather({workers.rollout.name(0): reference}, phase="measuring prompts", timeout_s=timeout_s)[0]
-    return drop_overlong(prompts, lengths, config.data.max_prompt_tokens)
 
 
 def summary(evaluations: Sequence[dict[str, Any]]) -> dict[str, float]:

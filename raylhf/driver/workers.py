@@ -44,7 +44,7 @@ def running_workers(
     workers = _create(config, folder, critic_folder)
     children: list[int] = []
     try:
-        starts = workers.rollout.submit_all("start") | _start_learners(config, workers.learner)
+        starts = workers.rollout.submit_all("start") | _start_learners(config, workers.learner, should_stop)
         gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
         children = _child_pids(config, workers)
         _connect(config, workers)
@@ -87,10 +87,13 @@ def _create(config: RunConfig, folder: str, critic_folder: str) -> Workers:
     )
 
 
-def _start_learners(config: RunConfig, learners: ActorGroup) -> dict[str, Any]:
+def _start_learners(config: RunConfig, learners: ActorGroup, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    address = {
+        f"{learners.name(0)} (host)": learners.node_ip(0),
+        learners.name(0): learners.submit(0, "open_rendezvous"),
+    }
     timeout_s = config.cluster.start_timeout_s
-    host = learners.node_ip(0, timeout_s=timeout_s)
-    port = gather({learners.name(0): learners.submit(0, "open_rendezvous")}, phase="rendezvous", timeout_s=timeout_s)[0]
+    host, port = gather(address, phase="rendezvous", timeout_s=timeout_s, should_stop=should_stop)
     return learners.submit_all("start", host, port)
 
 
@@ -98,11 +101,12 @@ def _connect(config: RunConfig, workers: Workers) -> None:
     """Open the weight transfer between rank 0 of the learners and every rollout worker."""
     timeout_s = config.cluster.start_timeout_s
     tensor_parallel = config.rollout.tensor_parallel_size
+    host = gather({workers.learner.name(0): workers.learner.node_ip(0)}, phase="node_ip", timeout_s=timeout_s)[0]
     make_sender = partial(
         weight_sender,
         config.weight_transfer,
         world_size_of_rollout=config.rollout.replicas * tensor_parallel,
-        host=workers.learner.node_ip(0, timeout_s=timeout_s),
+        host=host,
         timeout_s=timeout_s,
     )
     init_info = workers.learner.call_all("prepare_sender", make_sender, timeout_s=timeout_s)[0]

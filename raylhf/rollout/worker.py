@@ -75,10 +75,6 @@ class RolloutWorker:
             await asyncio.to_thread(kill_survivors, list(children), patience_s=_CLOSE_PATIENCE_S)
             self._children = []
 
-    def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Tokens of each prompt under the chat template."""
-        return [len(encode_prompt(self._tokenizer, prompt.messages)) for prompt in prompts]
-
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     async def generate(self, prompt: Prompt, *, num_responses: int, seed: int) -> tuple[Rollouts, dict[str, Any]]:

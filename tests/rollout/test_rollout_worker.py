@@ -230,3 +230,24 @@ def test_close_leaves_no_process(harness):
     harness.call(harness.worker.close())
     assert not [process for process in descendants() if process.pid in pids]
     harness.call(harness.worker.close())
+
+
+def write_tied_model(folder, seed: int) -> str:
+    write_tiny_model(folder, seed=seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_output_layer_that_is_tied_to_the_embeddings_follows_an_update(tmp_path):
+    harness = Harness(*[write_tied_model(tmp_path / str(seed), seed) for seed in (0, 1)])
+    try:
+        assert "lm_head.weight" not in [name for name, _ in harness]
+        harness.publish(harness.models[1])
+        rollouts = harness.generate(SHORT, 4, seed=0)
+        assert largest_difference(harness.models[1], rollouts) < 1e-4
+        assert largest_difference(harness.models[0], rollouts) > 1e-2
+    finally:
+        harness.call(harness.worker.close())
