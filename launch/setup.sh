@@ -24,6 +24,13 @@ has_local_cpu_torch() {
     return 1
 }
 
+# has_lines FILE PREFIX WORD...: whether FILE has the line "PREFIX WORD" for each word.
+has_lines() {
+    local file=$1 prefix=$2 word
+    shift 2
+    for word in "$@"; do grep -qxF "$prefix $word" "$file" || return 1; done
+}
+
 # setup_environment EXTRA...: creates or completes .venv; does nothing when it is up to date.
 setup_environment() {
     local accelerator=${RAYLHF_ACCELERATOR:-}
@@ -33,8 +40,9 @@ setup_environment() {
     local extras=$accelerator extra
     for extra in "$@"; do extras+=",$extra"; done
     local wanted
-    wanted="$extras $(cat pyproject.toml launch/constraints-cpu.txt | cksum)"
-    if [ "$(cat .venv/.raylhf 2>/dev/null)" = "$wanted" ]; then
+    wanted="$accelerator $(cat pyproject.toml launch/constraints-cpu.txt | cksum) $PWD"
+    local installed=.venv/.raylhf # a line for each group of extras that is in place
+    if [ -f "$installed" ] && has_lines "$installed" "$wanted" base "$@"; then
         say "environment .venv is up to date ($extras)"
         return
     fi
@@ -64,6 +72,7 @@ setup_environment() {
         .venv/bin/python -c 'import vllm, deepspeed, ray'
         fail "installed, but an engine does not import; see the message above"
     }
-    echo "$wanted" >.venv/.raylhf
+    has_lines "$installed" "$wanted" base 2>/dev/null || : >"$installed" # what an older environment held says nothing
+    for extra in base "$@"; do echo "$wanted $extra"; done >>"$installed"
     say "environment .venv is ready"
 }

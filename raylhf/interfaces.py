@@ -89,12 +89,12 @@ class Learner(Protocol):
         """One step: advantages, then epochs of minibatches. Returns metrics that are equal on every rank."""
         ...
 
-    def measure(self, rollouts: Sequence[Rollouts]) -> dict[str, float]:
+    def measure(self, rollouts: Sequence[Rollouts], *, is_counted: bool = True) -> dict[str, float]:
         """KL to the reference and entropy on the given responses, without training."""
         ...
 
-    def publish(self) -> None:
-        """Send the policy's weights to the rollout workers (collective)."""
+    def publish(self) -> int:
+        """Send the policy's weights to the rollout workers (collective); returns their bytes."""
         ...
 
     def save(self, folder: str) -> None: ...

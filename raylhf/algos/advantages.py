@@ -120,18 +120,12 @@ def rloo_advantages(scores: Tensor, group_ids: Tensor, valid: Tensor) -> Tensor:
     return (centered * num_valid / (num_valid - 1).clamp(min=1)).float()
 
 
-def no_baseline(scores: Tensor, group_ids: Tensor, valid: Tensor) -> Tensor:
-    """The scores [B] themselves, 0 where invalid: REINFORCE, to be whitened over the global batch by the caller."""
-    return mask_out(scores, valid)
-
-
 GroupBaseline = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 GROUP_BASELINES: dict[str, GroupBaseline] = {
     "grpo": grpo_advantages,
     "dr_grpo": partial(grpo_advantages, normalize_std=False),
     "rloo": rloo_advantages,
-    "none": no_baseline,
 }
 
 

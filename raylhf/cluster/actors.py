@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
 
 POLL_S = 0.5
+FETCH_TIMEOUT_S = 300.0
+"""For moving a value that exists already; Ray would wait for a lost node for ever."""
 
 
 class WorkerError(RuntimeError):
@@ -43,7 +45,7 @@ class _AsyncHost:
 def _fetched(argument: Any) -> Any:
     """The values behind a list of references: Ray itself resolves only references that stand alone."""
     if isinstance(argument, list) and argument and isinstance(argument[0], ray.ObjectRef):
-        return ray.get(argument)
+        return ray.get(argument, timeout=FETCH_TIMEOUT_S)
     return argument
 
 
@@ -129,7 +131,7 @@ def gather(
             _raise_failure(name, pending.pop(name), phase)
         if pending and time.monotonic() > deadline:
             raise WorkerError(f"{phase}: no answer from {', '.join(sorted(pending))} within {timeout_s:g} s")
-    return [ray.get(reference) for reference in references.values()]
+    return [ray.get(reference, timeout=FETCH_TIMEOUT_S) for reference in references.values()]
 
 
 class StopRequestedError(Exception):
@@ -138,16 +140,16 @@ class StopRequestedError(Exception):
 
 def _raise_failure(name: str, reference: Any, phase: str) -> None:
     try:
-        ray.get(reference)
+        ray.get(reference, timeout=FETCH_TIMEOUT_S)
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, ValueError):  # the user's mistake: the sentence is enough
             raise ValueError(f"{name}, {phase}: {cause}") from None
         raise WorkerError(f"{name} failed in {phase}: {type(cause).__name__}: {cause}\n{error}") from None
-    except (RayActorError, WorkerCrashedError) as error:
+    except RayError as error:
         raise WorkerError(f"{name} died in {phase}: {error}") from None
 
 
 def value_of(reference: Any) -> Any:
     """Fetch one value to the driver (samples for people to read; not tokens or tensors)."""
-    return ray.get(reference)
+    return ray.get(reference, timeout=FETCH_TIMEOUT_S)

@@ -6,7 +6,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,15 @@ import ray
 
 from raylhf.cluster.actors import StopRequestedError, gather
 from raylhf.config.cluster import ClusterConfig
-
-LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class ResourceRequest:
-    """What one role asks of the cluster."""
-
-    role: str
-    replicas: int
-    num_cpus: float
-    num_gpus: float
+from raylhf.config.placement import Role
 
 
 @contextmanager
 def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[None]:
     """Join the cluster at `config.address`, or start Ray on this machine alone and stop it at the end.
 
-    A Ray that raylhf starts listens on loopback, without a dashboard, and asks for a token made for this run.
+    A Ray that raylhf starts has no dashboard and asks every caller for a token made for this run alone; its own ports
+    are open to the network, as Ray has no setting for that.
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": dict(env)}}
     with tempfile.TemporaryDirectory(prefix="raylhf-") as private:
@@ -43,7 +32,6 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
                 num_gpus=config.gpus_per_node,
                 object_store_memory=int(config.object_store_gib * 2**30),
                 include_dashboard=False,
-                _node_ip_address=LOOPBACK,
                 **common,
             )
         else:
@@ -77,7 +65,7 @@ def _use_private_token(folder: Path) -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
-def preflight(requests: Sequence[ResourceRequest]) -> None:
+def preflight(roles: Sequence[Role]) -> None:
     """Compare the request with the nodes that are there, before anything starts.
 
     Raises:
@@ -85,17 +73,17 @@ def preflight(requests: Sequence[ResourceRequest]) -> None:
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     described = ", ".join(f"{n.get('CPU', 0):g} CPU / {n.get('GPU', 0):g} GPU" for n in nodes)
-    for request in requests:
-        if not any(n.get("CPU", 0) >= request.num_cpus and n.get("GPU", 0) >= request.num_gpus for n in nodes):
+    for role in roles:
+        if not any(n.get("CPU", 0) >= role.num_cpus and n.get("GPU", 0) >= role.num_gpus for n in nodes):
             raise ValueError(
-                f"no node can hold one {request.role} ({request.num_cpus:g} CPU, {request.num_gpus:g} GPU); the "
-                f"cluster's nodes have: {described}. Lower {request.role}.num_cpus or num_gpus, or add a larger node."
+                f"no node can hold one {role.name} ({role.num_cpus:g} CPU, {role.num_gpus:g} GPU); the "
+                f"cluster's nodes have: {described}. Lower {role.name}.num_cpus or num_gpus, or add a larger node."
             )
     for resource, unit in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        wanted = sum(r.replicas * getattr(r, unit) for r in requests)
+        wanted = sum(r.replicas * getattr(r, unit) for r in roles)
         there = sum(n.get(resource, 0) for n in nodes)
         if wanted > there + 1e-6:
-            parts = ", ".join(f"{r.role} {r.replicas} x {getattr(r, unit):g}" for r in requests)
+            parts = ", ".join(f"{r.name} {r.replicas} x {getattr(r, unit):g}" for r in roles)
             raise ValueError(
                 f"the run needs {wanted:g} {resource} ({parts}) but the cluster has {there:g} ({described}). Use fewer "
                 "replicas or ranks, or a larger cluster."

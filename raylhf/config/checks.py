@@ -123,6 +123,17 @@ def _check_advantage(config: RunConfig) -> Iterator[Problem]:
             f"is {group_size}, but objective.advantage: {objective.advantage} compares the responses to one prompt; "
             "set it to 2 or more (4 to 16 are usual)",
         )
+    if objective.advantage in GROUP_ESTIMATORS and objective.gamma != 1:
+        yield _problem(
+            "objective.gamma",
+            f"is {objective.gamma}, but objective.advantage: {objective.advantage} credits whole responses; set it "
+            "to 1",
+        )
+    if objective.approx_kl_limit is not None and objective.num_epochs == 1:
+        yield _problem(
+            "objective.approx_kl_limit",
+            "stops epochs after the first one, but objective.num_epochs is 1; raise that, or set the limit to null",
+        )
     if objective.advantage == "gae":
         yield from _check_critic(config)
         return
@@ -158,6 +169,12 @@ def _check_critic(config: RunConfig) -> Iterator[Problem]:
             "objective.critic.loss_coef",
             f"is {critic.loss_coef}, but a critic with its own trunk has its own optimizer, so the factor has no "
             "effect; remove it (critic.lr is the setting to change)",
+        )
+    if config.objective.bootstrap_truncated and config.reward.missing_eos_penalty > 0:
+        yield _problem(
+            "objective.bootstrap_truncated",
+            f"values what a cut response would go on to, while reward.missing_eos_penalty = "
+            f"{config.reward.missing_eos_penalty:g} punishes it for being cut; set one of them to false or 0",
         )
     if critic.warmup_steps >= config.num_steps and critic.warmup_steps > 0:
         yield _problem(
@@ -271,6 +288,14 @@ def _check_weight_transfer(config: RunConfig) -> Iterator[Problem]:
             key,
             f"is ipc, where learner and rollout share a GPU, but their shares are {learner_gpus:g} + {rollout_gpus:g} "
             "> 1; lower the shares, or set whole GPUs and nccl",
+        )
+    pairs = max(config.rollout.replicas, config.learner.num_ranks)
+    if rollout_gpus > 0 and transport == "ipc" and pairs > 1:
+        yield _problem(
+            key,
+            f"is ipc, which needs a learner and a rollout worker side by side on one GPU, but there are "
+            f"{config.learner.num_ranks} ranks and {config.rollout.replicas} replicas, which Ray would pair at will; "
+            "use whole GPUs and nccl, or one of each",
         )
     if rollout_gpus > 0 and transport == "nccl" and is_shared:
         yield _problem(

@@ -1,10 +1,12 @@
 """How the policy (and critic) are trained."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from raylhf.config.base import Settings
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoRAConfig(Settings):
@@ -35,7 +37,7 @@ class LearnerConfig(Settings):
     """Optimizer steps over which the learning rate rises from 0."""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """Learning rates (policy and critic) stay, or fall linearly to 0 over num_steps."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
     adam_eps: float = Field(default=1e-5, gt=0)
     """Adam's epsilon (lm-human-preferences)."""

@@ -79,7 +79,7 @@ class PPOConfig(Settings):
     """Passes over a rollout batch."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps in a pass."""
-    clip_eps: float = Field(default=0.2, gt=0)
+    clip_eps: float = Field(default=0.2, gt=0, lt=1)
     """Lower (and, by default, upper) clip width of the probability ratio."""
     clip_eps_high: float | None = Field(default=None, gt=0)
     """Upper clip width (DAPO 2503.14476 uses 0.28); null means clip_eps."""

@@ -23,7 +23,7 @@ class EvaluationConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    every_steps: int = Field(default=0, ge=0)
+    every_steps: int = Field(default=10, ge=0)
     """Save every N steps; 0 means at the end (and on Ctrl-C or SIGTERM) only."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are removed after a newer one is complete."""
@@ -34,7 +34,7 @@ class CheckpointConfig(Settings):
 
 
 class RunConfig(Settings):
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     output_dir: str = "runs"
     """Folder that holds the folders of runs."""

@@ -28,8 +28,9 @@ def set_checkpoints_aside(run_dir: Path) -> None:
 
 def begin_checkpoint(run_dir: Path, step: int) -> Path:
     """An empty folder to write step `step` into. It becomes a checkpoint with `commit_checkpoint`."""
+    for unfinished in run_dir.glob("checkpoints/.writing_*"):  # of a run that died while it saved
+        shutil.rmtree(unfinished)
     folder = run_dir / "checkpoints" / f".writing_{step}"
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
@@ -51,7 +52,11 @@ def commit_checkpoint(folder: Path, *, step: int, state: dict[str, Any], keep: i
 
 def _checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    folders = [f for f in run_dir.glob(f"checkpoints/{_PREFIX}*") if (f / _STATE_FILE).is_file()]
+    folders = [
+        folder
+        for folder in run_dir.glob(f"checkpoints/{_PREFIX}*")
+        if folder.name.removeprefix(_PREFIX).isdecimal() and (folder / _STATE_FILE).is_file()
+    ]
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix(_PREFIX)))
 
 

@@ -39,12 +39,12 @@ def evaluate(
         should_stop=should_stop,
     )
     learners = workers.learner
-    # Every rank measures something: with fewer prompts than ranks, some measure the same group, so none is idle.
-    shares = [groups[rank :: len(learners)] or groups[:1] for rank in range(len(learners))]
-    measured = {
-        learners.name(rank): learners.submit(rank, "measure", [group.rollouts for group in share])
-        for rank, share in enumerate(shares)
-    }
+    measured = {}
+    for rank in range(len(learners)):
+        share = groups[rank :: len(learners)]
+        # With fewer prompts than ranks, some ranks take part without counting.
+        references = [group.rollouts for group in share or groups[:1]]
+        measured[learners.name(rank)] = learners.submit(rank, "measure", references, is_counted=bool(share))
     metrics = gather(measured, phase="evaluation", timeout_s=config.cluster.step_timeout_s)[0]
     samples = sample_rows(groups, limit=config.evaluation.num_samples)
     return Evaluation(metrics=metrics | batch_metrics(groups, area="eval"), samples=samples)

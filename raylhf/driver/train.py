@@ -13,7 +13,8 @@ from raylhf.cluster.actors import StopRequestedError, WorkerError
 from raylhf.cluster.session import ray_session, run_on_cluster
 from raylhf.config import RunConfig
 from raylhf.driver.checkpoints import newest_checkpoint, set_checkpoints_aside
-from raylhf.driver.folder import open_run_folder
+from raylhf.driver.fingerprint import fixed_settings, require_same_settings
+from raylhf.driver.folder import record_settings, run_folder
 from raylhf.driver.ppo import Run, train_ppo
 from raylhf.driver.report import print_report
 from raylhf.driver.roles import prepare
@@ -21,8 +22,9 @@ from raylhf.driver.workers import running_workers
 from raylhf.text.prompts import PromptOrder, drop_overlong, load_prompts, split_held_out
 from raylhf.tracking import Tracker
 
-EXIT_OK, EXIT_FAILED, EXIT_STOPPED = 0, 1, 130
-"""EXIT_STOPPED is a shell's code for an interrupt: the run was asked to stop, saved, and can be resumed."""
+EXIT_OK, EXIT_FAILED = 0, 1
+EXIT_CODES = {"complete": EXIT_OK, "over KL budget": 3, "stopped": 130}
+"""130 is a shell's code for an interrupt: the run was asked to stop, saved, and can be resumed."""
 
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -34,24 +36,38 @@ _ENVIRONMENT = {
 
 def train(config: RunConfig) -> int:
     """Run to the end, or to where the user stops it; returns the exit code."""
-    folder = open_run_folder(config)
-    prompts, held_out = split_held_out(load_prompts(config.data), config.data.held_out, config.seed)
+    folder = run_folder(config)
+    everything = load_prompts(config.data)
+    fingerprint = fixed_settings(config, everything)
+    prompts, held_out = split_held_out(everything, config.data.held_out, config.seed)
     if not config.checkpoint.resume:
         set_checkpoints_aside(folder)
     checkpoint = newest_checkpoint(folder)
-    resumed_step = None if checkpoint is None else int(checkpoint[1]["step"])
+    resumed_step = None
+    if checkpoint is not None:
+        resumed_step = int(checkpoint[1]["step"])
+        require_same_settings(checkpoint[1]["settings"], fingerprint, folder=str(folder))
     if resumed_step is not None and resumed_step >= config.num_steps and _is_complete(folder, resumed_step):
         print(
             f"The run {config.name!r} is complete: {folder} holds step {resumed_step} of {config.num_steps}. Raise "
             "num_steps to go on, or give another name= to start anew."
         )
         return EXIT_OK
+    record_settings(config, folder)
     tracker = Tracker(config, folder, None if resumed_step is None else resumed_step + 1)
     evaluations: list[dict[str, Any]] = []
     status = "failed"
     try:
         with stop_on_signal() as should_stop:
-            status = _run(config, folder, tracker, prompts, held_out, checkpoint, evaluations, should_stop)
+            run = Run(
+                config=config,
+                folder=folder,
+                tracker=tracker,
+                fingerprint=fingerprint,
+                should_stop=should_stop,
+                evaluations=evaluations,
+            )
+            status = _start_and_train(run, prompts, held_out, checkpoint)
     except StopRequestedError:
         status = "stopped"
     except WorkerError as error:
@@ -60,49 +76,36 @@ def train(config: RunConfig) -> int:
     finally:
         tracker.finish(status, summary(evaluations))
     print_report(config, folder, status, evaluations)
-    return EXIT_STOPPED if status == "stopped" else EXIT_OK
+    return EXIT_CODES[status]
 
 
-def _run(
-    config: RunConfig,
-    folder: Path,
-    tracker: Tracker,
+def _start_and_train(
+    run: Run,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
     checkpoint: tuple[Path, dict[str, Any]] | None,
-    evaluations: list[dict[str, Any]],
-    should_stop: Callable[[], bool],
 ) -> str:
-    """Start Ray and the workers, train, export; fills `evaluations` and returns how the training ended."""
-    timeout_s = config.cluster.start_timeout_s
+    """Start Ray and the workers, train, export; returns how the training ended."""
+    config, timeout_s = run.config, run.config.cluster.start_timeout_s
     with ray_session(config.cluster, env=_ENVIRONMENT):
-        tracker.set_phase("preparing the model")
+        run.tracker.set_phase("preparing the model")
         everything = [*prompts, *held_out]
-        prepared = run_on_cluster(prepare, config, everything, timeout_s=timeout_s, should_stop=should_stop)
+        prepared = run_on_cluster(prepare, config, everything, timeout_s=timeout_s, should_stop=run.should_stop)
         lengths, longest = prepared.prompt_lengths, config.data.max_prompt_tokens
-        prompts, dropped = drop_overlong(prompts, lengths[: len(prompts)], longest)
+        prompts, run.dropped_overlong = drop_overlong(prompts, lengths[: len(prompts)], longest)
         if held_out:
-            held_out, dropped_held_out = drop_overlong(held_out, lengths[-len(held_out) :], longest)
-            dropped += dropped_held_out
-        tracker.set_phase("starting workers")
-        with running_workers(config, prepared.model, prepared.critic, should_stop=should_stop) as workers:
-            run = Run(
-                config=config,
-                folder=folder,
-                workers=workers,
-                tracker=tracker,
-                order=PromptOrder(prompts, seed=config.seed, shuffle=config.data.shuffle),
-                held_out=held_out,
-                should_stop=should_stop,
-                dropped_overlong=dropped,
-                evaluations=evaluations,
-            )
+            run.held_out, dropped = drop_overlong(held_out, lengths[-len(held_out) :], longest)
+            run.dropped_overlong += dropped
+        run.order = PromptOrder(prompts, seed=config.seed, shuffle=config.data.shuffle)
+        run.tracker.set_phase("starting workers")
+        with running_workers(config, prepared.model, prepared.critic, should_stop=run.should_stop) as run.workers:
             if checkpoint is not None:
                 restore(run, *checkpoint)
             status = train_ppo(run)
             if config.checkpoint.export and status != "stopped":
-                tracker.set_phase("export")
-                workers.learner.call_all("export", str(folder / "export"), timeout_s=config.cluster.step_timeout_s)
+                run.tracker.set_phase("export")
+                exported = str(run.folder / "export")
+                run.workers.learner.call_all("export", exported, timeout_s=config.cluster.step_timeout_s)
             return status
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import psutil
 
 from raylhf.cluster.actors import ActorGroup, WorkerError, gather, start_group
-from raylhf.cluster.session import ResourceRequest, preflight
+from raylhf.cluster.session import preflight
 from raylhf.config import RunConfig
+from raylhf.config.placement import roles_of
 from raylhf.driver.roles import learner_worker, reward_worker, rollout_worker, weight_sender
 
 CLOSE_TIMEOUT_S = 30.0
@@ -25,28 +26,20 @@ class Workers:
     learner: ActorGroup
 
 
-def resource_requests(config: RunConfig) -> list[ResourceRequest]:
-    """What each role asks of the cluster."""
-    rollout, reward, learner = config.rollout, config.reward, config.learner
-    return [
-        ResourceRequest("rollout", rollout.replicas, rollout.num_cpus, rollout.num_gpus),
-        ResourceRequest("reward", reward.replicas, reward.num_cpus, 0.0),
-        ResourceRequest("learner", learner.num_ranks, learner.num_cpus, learner.num_gpus),
-    ]
-
-
 @contextmanager
 def running_workers(
     config: RunConfig, folder: str, critic_folder: str, *, should_stop: Callable[[], bool]
 ) -> Iterator[Workers]:
     """Start all workers, hand them out when all are ready and connected, and end them and their children after."""
-    preflight(resource_requests(config))
+    preflight(roles_of(config))
     workers = _create(config, folder, critic_folder)
-    children: list[int] = []
+    children: list[psutil.Process] = []
     try:
-        starts = workers.rollout.submit_all("start") | _start_learners(config, workers.learner, should_stop)
+        # Rewards first in line: a reward that cannot be built is told before the engines are up.
+        starts = workers.reward.submit_all("start") | workers.rollout.submit_all("start")
+        starts |= _start_learners(config, workers.learner, should_stop)
         gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
-        children = _child_pids(config, workers)
+        children = _children(config, workers)
         _connect(config, workers)
         yield workers
     finally:
@@ -119,26 +112,27 @@ def _connect(config: RunConfig, workers: Workers) -> None:
     )
 
 
-def _child_pids(config: RunConfig, workers: Workers) -> list[int]:
+def _children(config: RunConfig, workers: Workers) -> list[psutil.Process]:
     """Child processes of rollout workers on this machine (none are looked up on another node)."""
     if config.cluster.address is not None:
         return []
-    return [pid for pids in workers.rollout.call_all("child_pids", timeout_s=CLOSE_TIMEOUT_S) for pid in pids]
+    pids = [pid for pids in workers.rollout.call_all("child_pids", timeout_s=CLOSE_TIMEOUT_S) for pid in pids]
+    return [psutil.Process(pid) for pid in pids]
 
 
-def _end(workers: Workers, children: list[int]) -> None:
-    """Ask workers to close, within a deadline, then end what is left."""
-    # A worker that does not close is ended below; the failure that led here is the one to report.
-    with suppress(WorkerError, ValueError):
-        gather(
-            workers.rollout.submit_all("close") | workers.learner.submit_all("close"),
-            phase="closing",
-            timeout_s=CLOSE_TIMEOUT_S,
-        )
-    for group in (workers.rollout, workers.reward, workers.learner):
-        group.kill()
-    for pid in children:
-        try:
-            psutil.Process(pid).kill()
-        except psutil.NoSuchProcess:
-            continue
+def _end(workers: Workers, children: list[psutil.Process]) -> None:
+    """Ask workers to close, within a deadline, then end what is left, whatever happens meanwhile."""
+    try:
+        # A worker that does not close is ended below; the failure that led here is the one to report.
+        with suppress(WorkerError, ValueError):
+            gather(
+                workers.rollout.submit_all("close") | workers.learner.submit_all("close"),
+                phase="closing",
+                timeout_s=CLOSE_TIMEOUT_S,
+            )
+    finally:
+        for group in (workers.rollout, workers.reward, workers.learner):
+            group.kill()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):  # it ended, or its number belongs to another process now
+                child.kill()

@@ -13,7 +13,7 @@ from torch import Tensor
 from raylhf.algos.advantages import GROUP_BASELINES, broadcast_to_tokens, gae, reward_to_go, shape_rewards, whiten
 from raylhf.algos.diagnostics import ev_moments, explained_variance_from_moments
 from raylhf.algos.kl import kl_per_token
-from raylhf.algos.masking import last_response_index, mask_out, masked_moments, mean_and_std
+from raylhf.algos.masking import mask_out, masked_moments, mean_and_std
 from raylhf.config.objective import PPOConfig
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -41,6 +41,8 @@ class Experience:
     """The row's group (one draw of a prompt), long [R]."""
     is_truncated: Tensor
     """Whether the response ran into the length limit, bool [R]."""
+    end_values: Tensor | None = None
+    """Of the critic after each response's last token, [R]; only where cut responses are bootstrapped."""
     token_scores: Tensor | None = None
     """Dense scores, [R, T]."""
     advantages: Tensor | None = None
@@ -66,7 +68,7 @@ def assign_credit(
     returns = None
     if objective.advantage == "gae":
         assert x.values is not None
-        last_values = _values_at_cut(x) if objective.bootstrap_truncated else None
+        last_values = None if x.end_values is None else torch.where(x.is_truncated, x.end_values, 0.0)
         advantages, returns = gae(
             rewards,
             x.values,
@@ -92,11 +94,3 @@ def assign_credit(
         metrics["critic/explained_variance"] = explained_variance_from_moments(moments).item()
         metrics["critic/value_mean"] = value_mean.item()
     return replace(x, advantages=advantages, returns=returns), metrics
-
-
-def _values_at_cut(x: Experience) -> Tensor:
-    """Where a response was cut, the value of its last state stands in for what would have followed, [R]."""
-    assert x.values is not None
-    last = last_response_index(x.response_mask).clamp(min=0)
-    values = x.values.gather(1, last[:, None]).squeeze(1)
-    return torch.where(x.is_truncated, values, 0.0)

@@ -126,6 +126,19 @@ def optimizer_step(
     return float("nan") if norm is None else float(norm)
 
 
+def restart_adam(engine: deepspeed.DeepSpeedEngine, *, group: int) -> None:
+    """Forget the steps that a parameter group took without gradients, while another group learnt.
+
+    They left its moments at zero but advanced its step count; without bias correction, Adam's first real updates would
+    be several times the learning rate.
+    """
+    optimizer: Any = engine.optimizer
+    torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+    for parameter in torch_optimizer.param_groups[group]["params"]:
+        if "step" in (state := torch_optimizer.state.get(parameter, {})):
+            state["step"] = torch.zeros_like(state["step"])
+
+
 def _plain_gradient_norm(module: Any) -> float | None:
     """DeepSpeed keeps no norm of unpartitioned float32 gradients; they are reduced and unclipped at this point."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]

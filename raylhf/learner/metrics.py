@@ -1,6 +1,7 @@
 """The learner's metrics, from sums over all ranks (docs/metrics.md explains each)."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -11,24 +12,37 @@ from raylhf.algos.ppo import truncated_importance_weights
 from raylhf.learner.credit import Experience
 from raylhf.learner.totals import Totals
 
+_MAXIMA = ("ratio_max", "grad_norm", "critic_grad_norm", "lr", "critic_lr")
+
+
+def collect_minibatch(totals: Totals, reduced: Mapping[str, float]) -> None:
+    """Fold one minibatch's numbers, global already, into the step's; they are not reduced again."""
+    is_first = not totals.local()
+    totals.add(**{key: value for key, value in reduced.items() if key not in _MAXIMA}, optimizer_steps=1)
+    totals.raise_to(**{key: value for key, value in reduced.items() if key in _MAXIMA})
+    if is_first and "log_ratio" in reduced:
+        totals.add(first_ratio_error=math.expm1(reduced["log_ratio"] / reduced["tokens"]))
+
 
 def update_metrics(totals: Totals) -> dict[str, float]:
-    """The step's metrics from its global sums and maxima."""
+    """The step's metrics from its global sums and maxima; the policy's are missing while the critic warms up alone."""
     sums = totals.local()
     if not sums:
         return {}
-    tokens, steps = max(sums["tokens"], 1), sums["optimizer_steps"]
-    metrics = {
-        "policy/loss": sums["loss"] / steps,
-        "policy/clip_frac": sums["clip_frac"] / tokens,
-        "policy/approx_kl": sums["approx_kl"] / tokens,
-        "policy/ratio_mean": sums["ratio_sum"] / tokens,
-        "policy/ratio_max": sums["ratio_max"],
-        "policy/first_ratio_error": math.expm1(sums.get("first_log_ratio", 0.0)),
-        "policy/entropy": sums["entropy"] / tokens,
-        "policy/grad_norm": sums["grad_norm"],
-        "policy/lr": sums["lr"],
-    }
+    tokens, steps = sums["tokens"], sums["optimizer_steps"]
+    metrics: dict[str, float] = {}
+    if "loss" in sums:
+        metrics |= {
+            "policy/loss": sums["loss"] / steps,
+            "policy/clip_frac": sums["clip_frac"] / tokens,
+            "policy/approx_kl": sums["approx_kl"] / tokens,
+            "policy/ratio_mean": sums["ratio_sum"] / tokens,
+            "policy/ratio_max": sums["ratio_max"],
+            "policy/first_ratio_error": sums["first_ratio_error"],
+            "policy/entropy": sums["entropy"] / tokens,
+            "policy/grad_norm": sums["grad_norm"],
+            "policy/lr": sums["lr"],
+        }
     if "critic_loss" in sums:
         metrics |= {
             "critic/loss": sums["critic_loss"] / steps,

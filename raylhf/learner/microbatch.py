@@ -24,6 +24,8 @@ class MicroBatch:
     """The response tokens, [N] long."""
     steps: Tensor
     """Index of each response token in its response, [N] long."""
+    ends: Tensor
+    """Position of each row's last token, [B] long."""
     source_rows: Tensor
     """Which of the learner's rows each row is, [B] long."""
 
@@ -49,6 +51,7 @@ def make_micro_batch(rollouts: Rollouts, rows: Sequence[int], device: torch.devi
         positions=torch.from_numpy(np.repeat(starts, lengths) + steps).to(device),
         targets=torch.from_numpy(np.concatenate([rollouts.response_ids[i] for i in rows])).to(device),
         steps=torch.from_numpy(steps).to(device),
+        ends=torch.tensor([len(sequence) - 1 for sequence in sequences], device=device),
         source_rows=torch.tensor(list(rows), dtype=torch.long, device=device),
     )
 

@@ -42,6 +42,14 @@ class LearnerModels:
         """Flat values [N] of the critic with a trunk of its own."""
         return self.critic(batch.tokens, batch.rows, batch.positions)
 
+    def end_values(self, batch: MicroBatch) -> Tensor:
+        """The critic's value of the state after each row's last token, [B]: what a cut response would go on from."""
+        rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+        if self.critic is not None:
+            return self.critic(batch.tokens, rows, batch.ends)
+        targets = torch.zeros_like(rows)  # the log-probabilities are not wanted here
+        return self.policy(batch.tokens, rows, batch.ends, targets, temperature=1.0)[2]
+
 
 def build_models(config: RunConfig, folder: str, critic_folder: str, device: torch.device) -> LearnerModels:
     """Load and wrap everything that this rank trains or reads."""

@@ -4,9 +4,9 @@ Every loop that contains a collective runs equally often on every rank: rows are
 whatever decides about skipping or stopping has been reduced over ranks first.
 """
 
-import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raylhf.algos.kl import kl_loss
-from raylhf.algos.masking import lengths_to_mask, mask_out, masked_sum
+from raylhf.algos.masking import lengths_to_mask, masked_sum
 from raylhf.algos.ppo import (
     aggregation_count,
     aggregation_weights,
@@ -25,14 +25,34 @@ from raylhf.algos.ppo import (
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.config import RunConfig
 from raylhf.learner.credit import Experience
-from raylhf.learner.engine import optimizer_step
-from raylhf.learner.metrics import update_metrics
+from raylhf.learner.engine import optimizer_step, restart_adam
+from raylhf.learner.metrics import collect_minibatch, update_metrics
 from raylhf.learner.microbatch import MicroBatch, make_micro_batch, pad_rows, plan_micro_batches
 from raylhf.learner.models import LearnerModels
 from raylhf.learner.totals import Totals, all_reduce_sum
 
-FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
-"""Before any update policy and old policy are one function; more than rounding means dropout or a wrong kernel."""
+FIRST_LOG_RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Mean |log-ratio| before any update. Policy and old policy are one function then, up to the rounding that another
+padding brings; more than that means dropout or a wrong kernel."""
+
+
+@dataclass(frozen=True)
+class StepsTaken:
+    """Optimizer steps so far."""
+
+    policy: int = 0
+    critic: int = 0
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """One rank's rollout batch, ready to train on."""
+
+    rollouts: Rollouts
+    x: Experience
+    kl_coef: float
+    trains_policy: bool
+    """False while the critic warms up alone."""
 
 
 class PPOUpdate:
@@ -62,6 +82,7 @@ class PPOUpdate:
             old_logprobs=columns["old"],
             ref_logprobs=columns["ref"],
             values=columns.get("values"),
+            end_values=columns.get("end_values"),
             scores=torch.from_numpy(np.where(rewards.valid, rewards.scores, 0.0)).float().to(self._device),
             valid=valid,
             group_ids=torch.tensor(group_ids, device=self._device),
@@ -70,8 +91,10 @@ class PPOUpdate:
         )
 
     def _forward_all(self, rollouts: Rollouts, width: int) -> dict[str, Tensor]:
-        """Columns [R, width] over all rows, micro-batch by micro-batch."""
+        """Columns [R, width] over all rows, micro-batch by micro-batch; `end_values` is [R]."""
         columns: dict[str, Tensor] = {}
+        if self._objective.bootstrap_truncated:
+            columns["end_values"] = torch.zeros(len(rollouts), device=self._device)
         rows = range(len(rollouts))
         size = self._config.learner.micro_batch_size
         for part in plan_micro_batches(rollouts.response_lengths.tolist(), rows, size):
@@ -85,33 +108,34 @@ class PPOUpdate:
             for name, column in flat.items():
                 table = columns.setdefault(name, torch.zeros(len(rollouts), width, device=self._device))
                 table[batch.source_rows] = batch.scatter(column.float(), width)
+            if self._objective.bootstrap_truncated:
+                columns["end_values"][batch.source_rows] = self._models.end_values(batch).float()
         return columns
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
     def train(
-        self, rollouts: Rollouts, x: Experience, *, step: int, kl_coef: float, optimizer_steps: int
-    ) -> tuple[dict[str, float], int]:
+        self, rollouts: Rollouts, x: Experience, *, step: int, kl_coef: float, taken: StepsTaken
+    ) -> tuple[dict[str, float], StepsTaken]:
         """Run the epochs; returns metrics and the new number of optimizer steps."""
         totals = Totals(self._device)
         started = time.perf_counter()
+        trains_policy = not (self._config.has_critic and step < self._objective.critic.warmup_steps)
+        batch = ScoredBatch(rollouts, x, kl_coef=kl_coef, trains_policy=trains_policy)
         epochs_done = 0
         for epoch in range(self._objective.num_epochs):
             approx_kl = approx_kl_tokens = 0.0
-            for minibatch, rows in enumerate(self._minibatches(len(rollouts), step, epoch)):
+            for rows in self._minibatches(len(rollouts), step, epoch):
                 counts = self._global_counts(x, rows)
                 if counts["tokens"] == 0:  # nothing valid anywhere: equal on every rank
                     continue
-                is_first = epoch == 0 and minibatch == 0
-                part = Totals(self._device)
-                self._minibatch(rollouts, x, rows, counts, part, kl_coef, step, optimizer_steps, is_first)
-                optimizer_steps += 1
-                reduced = part.reduced()
-                if is_first:
-                    self._check_first_ratio(math.expm1(reduced["first_log_ratio"]), step)
-                approx_kl += reduced["approx_kl"]
+                reduced = self._minibatch(batch, rows, counts, taken, scale=self._lr_scale(step))
+                if trains_policy and taken.policy == 0:
+                    self._check_first_ratio(reduced["log_ratio"] / reduced["tokens"])
+                taken = StepsTaken(policy=taken.policy + trains_policy, critic=taken.critic + 1)
+                approx_kl += reduced.get("approx_kl", 0.0)
                 approx_kl_tokens += counts["tokens"]
-                self._collect(totals, reduced)
+                collect_minibatch(totals, reduced)
             epochs_done += 1
             limit = self._objective.approx_kl_limit
             if limit is not None and approx_kl > 1.5 * limit * max(approx_kl_tokens, 1):
@@ -119,7 +143,10 @@ class PPOUpdate:
         metrics = update_metrics(totals)
         metrics["policy/epochs_done"] = epochs_done
         metrics["learn/update_s"] = time.perf_counter() - started
-        return metrics, optimizer_steps
+        return metrics, taken
+
+    def _lr_scale(self, step: int) -> float:
+        return 1 - step / self._config.num_steps if self._config.learner.lr_schedule == "linear" else 1.0
 
     def _minibatches(self, num_rows: int, step: int, epoch: int) -> list[list[int]]:
         """This rank's rows in a new order, cut into the epoch's minibatches."""
@@ -135,65 +162,67 @@ class PPOUpdate:
         return {"loss": loss, "tokens": tokens}
 
     def _minibatch(
-        self,
-        rollouts: Rollouts,
-        x: Experience,
-        rows: list[int],
-        counts: dict[str, float],
-        totals: Totals,
-        kl_coef: float,
-        step: int,
-        optimizer_steps: int,
-        is_first: bool,
-    ) -> None:
-        """One optimizer step of the policy and one of the critic."""
-        plan = plan_micro_batches(rollouts.response_lengths.tolist(), rows, self._config.learner.micro_batch_size)
-        batches = [make_micro_batch(rollouts, part, self._device) for part in plan]
-        critic, learner = self._objective.critic, self._config.learner
-        scale = min(1.0, (optimizer_steps + 1) / max(learner.lr_warmup_steps, 1))
-        if learner.lr_schedule == "linear":
-            scale *= 1 - step / self._config.num_steps
-        totals.add(tokens=masked_sum(torch.ones_like(x.old_logprobs[rows]), x.response_mask[rows]))
-        is_critic_only = self._config.has_critic and step < critic.warmup_steps
+        self, batch: ScoredBatch, rows: list[int], counts: dict[str, float], taken: StepsTaken, *, scale: float
+    ) -> dict[str, float]:
+        """One optimizer step of the policy (unless the critic warms up alone) and one of the critic; global numbers."""
+        learner, critic = self._config.learner, self._objective.critic
+        plan = plan_micro_batches(batch.rollouts.response_lengths.tolist(), rows, learner.micro_batch_size)
+        parts = [make_micro_batch(batch.rollouts, part, self._device) for part in plan]
+        totals = Totals(self._device)
+        totals.add(tokens=batch.x.response_mask[rows].sum())
         has_shared_head = self._config.has_critic and critic.trunk == "shared"
-        lrs = [0.0 if is_critic_only else learner.lr * scale]
-        if has_shared_head:
-            lrs.append(critic.lr * scale)
-        loss = partial(
-            self._policy_loss, x=x, counts=counts, totals=totals, kl_coef=kl_coef, temperature=rollouts.temperature
-        )
-        losses = [partial(loss, batch, is_first=is_first, is_critic_only=is_critic_only) for batch in batches]
-        norm = optimizer_step(self._models.policy, losses, lrs)
-        totals.raise_to(grad_norm=norm, lr=lrs[0])
+        if batch.trains_policy or has_shared_head:
+            warm = min(1.0, (taken.policy + 1) / max(learner.lr_warmup_steps, 1))
+            lrs = [learner.lr * warm * scale if batch.trains_policy else 0.0]
+            lrs += [critic.lr * scale] if has_shared_head else []
+            if has_shared_head and batch.trains_policy and taken.policy == 0 and taken.critic > 0:
+                restart_adam(self._models.policy, group=0)
+            losses = [partial(self._policy_loss, part, batch=batch, counts=counts, totals=totals) for part in parts]
+            totals.raise_to(grad_norm=optimizer_step(self._models.policy, losses, lrs), lr=lrs[0])
         if self._models.critic is not None:
-            values = [partial(self._critic_loss, batch, x=x, counts=counts, totals=totals) for batch in batches]
-            critic_norm = optimizer_step(self._models.critic, values, [critic.lr * scale])
-            totals.raise_to(critic_grad_norm=critic_norm)
+            losses = [partial(self._critic_loss, part, batch=batch, counts=counts, totals=totals) for part in parts]
+            totals.raise_to(critic_grad_norm=optimizer_step(self._models.critic, losses, [critic.lr * scale]))
         if self._config.has_critic:
             totals.raise_to(critic_lr=critic.lr * scale)
+        return totals.reduced()
 
-    def _policy_loss(
+    def _policy_loss(self, part: MicroBatch, *, batch: ScoredBatch, counts: dict[str, float], totals: Totals) -> Tensor:
+        """The policy's loss on one micro-batch, with the value loss of a shared trunk."""
+        x, rows = batch.x, part.source_rows
+        flat_logprobs, flat_entropies, flat_values = self._models.policy_forward(part, batch.rollouts.temperature)
+        width = x.response_mask.shape[1]
+        loss = torch.zeros((), device=self._device)
+        if flat_values is not None:
+            values = part.scatter(flat_values, width)
+            loss = self._objective.critic.loss_coef * self._value_loss(values, part, x, counts, totals)
+        if not batch.trains_policy:
+            return loss
+        logprobs, entropies = part.scatter(flat_logprobs, width), part.scatter(flat_entropies, width)
+        totals.add(
+            entropy=masked_sum(entropies.detach(), x.response_mask[rows]),
+            log_ratio=masked_sum((logprobs.detach() - x.old_logprobs[rows]).abs(), x.response_mask[rows]),
+        )
+        policy = self._surrogate(logprobs, entropies, rows, batch, counts, totals)
+        totals.add(loss=policy)
+        return loss + policy
+
+    def _surrogate(
         self,
-        batch: MicroBatch,
-        *,
-        x: Experience,
+        logprobs: Tensor,
+        entropies: Tensor,
+        rows: Tensor,
+        batch: ScoredBatch,
         counts: dict[str, float],
         totals: Totals,
-        kl_coef: float,
-        temperature: float,
-        is_first: bool,
-        is_critic_only: bool,
     ) -> Tensor:
-        objective, rows = self._objective, batch.source_rows
+        """The clipped surrogate, plus the KL penalty if it sits in the loss, minus the entropy bonus."""
+        objective, rollout, x = self._objective, self._config.rollout, batch.x
         assert x.advantages is not None
         mask, old = x.response_mask[rows], x.old_logprobs[rows]
-        flat_logprobs, flat_entropies, flat_values = self._models.policy_forward(batch, temperature)
-        logprobs, entropies = (batch.scatter(flat, mask.shape[1]) for flat in (flat_logprobs, flat_entropies))
-        weights = aggregation_weights(
-            mask, mode=objective.aggregation, max_response_length=self._config.rollout.sampling.max_response_tokens
-        )
+        limit = rollout.sampling.max_response_tokens
+        weights = aggregation_weights(mask, mode=objective.aggregation, max_response_length=limit)
         importance = None
-        if (cap := self._config.rollout.importance_cap) is not None:
+        if (cap := rollout.importance_cap) is not None:
             importance, _ = truncated_importance_weights(old, x.rollout_logprobs[rows], mask, cap=cap)
         loss, sums = policy_loss(
             logprobs,
@@ -208,37 +237,26 @@ class PPOUpdate:
             token_weights=weights,
         )
         totals.raise_to(ratio_max=sums.pop("ratio_max"))
+        totals.add(**sums)
         if objective.kl.placement == "loss":
+            reference = x.ref_logprobs[rows]
             penalty, _ = kl_loss(
-                logprobs,
-                x.ref_logprobs[rows],
-                mask,
-                denominator=counts["loss"],
-                old_logprobs=old,
-                token_weights=weights,
+                logprobs, reference, mask, denominator=counts["loss"], old_logprobs=old, token_weights=weights
             )
-            loss = loss + kl_coef * penalty
+            loss = loss + batch.kl_coef * penalty
         if objective.entropy_coef > 0:
             loss = loss - objective.entropy_coef * masked_sum(entropies * weights, mask) / counts["loss"]
-        totals.add(**sums, loss=loss, entropy=masked_sum(entropies.detach(), mask))
-        if is_first:
-            totals.raise_to(first_log_ratio=mask_out((logprobs.detach() - old).abs(), mask).amax())
-        if is_critic_only:
-            loss = 0.0 * loss
-        if flat_values is None:
-            return loss
-        values = batch.scatter(flat_values, mask.shape[1])
-        return loss + objective.critic.loss_coef * self._value_loss(values, batch, x, counts, totals)
+        return loss
 
-    def _critic_loss(self, batch: MicroBatch, *, x: Experience, counts: dict[str, float], totals: Totals) -> Tensor:
-        values = batch.scatter(self._models.critic_forward(batch), x.response_mask.shape[1])
-        return self._value_loss(values, batch, x, counts, totals)
+    def _critic_loss(self, part: MicroBatch, *, batch: ScoredBatch, counts: dict[str, float], totals: Totals) -> Tensor:
+        values = part.scatter(self._models.critic_forward(part), batch.x.response_mask.shape[1])
+        return self._value_loss(values, part, batch.x, counts, totals)
 
     def _value_loss(
-        self, values: Tensor, batch: MicroBatch, x: Experience, counts: dict[str, float], totals: Totals
+        self, values: Tensor, part: MicroBatch, x: Experience, counts: dict[str, float], totals: Totals
     ) -> Tensor:
         assert x.values is not None and x.returns is not None
-        rows = batch.source_rows
+        rows = part.source_rows
         loss, sums = value_loss(
             values,
             x.values[rows],
@@ -250,17 +268,10 @@ class PPOUpdate:
         totals.add(critic_loss=loss, critic_clip_frac=sums["clip_frac"])
         return loss
 
-    def _check_first_ratio(self, error: float, step: int) -> None:
-        tolerance = FIRST_RATIO_TOLERANCE[self._config.model.dtype]
-        if step == 0 and not error <= tolerance:
+    def _check_first_ratio(self, error: float) -> None:
+        limit = FIRST_LOG_RATIO_LIMIT[self._config.model.dtype]
+        if not error <= limit:
             raise RuntimeError(
-                f"before any update, policy and old policy differ by a ratio error of {error:.2g} (limit {tolerance}); "
+                f"before any update, policy and old policy differ by {error:.2g} nats a token (limit {limit:g}): "
                 "dropout is on or a kernel is not deterministic, and PPO's ratio would be wrong from the start"
             )
-
-    @staticmethod
-    def _collect(totals: Totals, reduced: dict[str, float]) -> None:
-        """Fold one minibatch's global numbers into the step's. They are equal on every rank and not reduced again."""
-        maxima = {"ratio_max", "first_log_ratio", "grad_norm", "critic_grad_norm", "lr", "critic_lr"}
-        totals.add(**{k: v for k, v in reduced.items() if k not in maxima}, optimizer_steps=1)
-        totals.raise_to(**{k: v for k, v in reduced.items() if k in maxima})

@@ -1,7 +1,9 @@
 """A learner rank as a plain class; the cluster makes it an actor."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from raylhf.algos.kl import AdaptiveKL, FixedKL, KLController
+from raylhf.algos.masking import masked_sum
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.config import RunConfig
 from raylhf.config.objective import AdaptiveKLControl
@@ -20,7 +23,7 @@ from raylhf.learner.engine import join_group, open_store
 from raylhf.learner.metrics import experience_metrics
 from raylhf.learner.microbatch import make_micro_batch, plan_micro_batches, without_empty
 from raylhf.learner.models import LearnerModels, build_models
-from raylhf.learner.ppo import PPOUpdate
+from raylhf.learner.ppo import PPOUpdate, StepsTaken
 from raylhf.learner.totals import Totals, all_reduce_sum
 from raylhf.learner.weight_source import PolicyWeights
 from raylhf.models.load import load_tokenizer, write_model_folder
@@ -40,7 +43,7 @@ class LearnerWorker:
         self._store: dist.TCPStore | None = None
         self._kl = kl_controller(config)
         self._step = 0
-        self._optimizer_steps = 0
+        self._taken = StepsTaken()
         self._models: LearnerModels
         self._update: PPOUpdate
         self._weights: PolicyWeights
@@ -100,12 +103,11 @@ class LearnerWorker:
             experience, self._config.objective, kl_coef=kl_coef, all_reduce=all_reduce_sum
         )
         metrics |= credited
-        trained, self._optimizer_steps = self._update.train(
-            rows, experience, step=self._step, kl_coef=kl_coef, optimizer_steps=self._optimizer_steps
-        )
+        trained, self._taken = self._update.train(rows, experience, step=self._step, kl_coef=kl_coef, taken=self._taken)
         metrics |= trained
+        self._require_finite(metrics)
         num_sequences = self._config.responses_per_step - int(metrics["data/dropped_responses_count"])
-        if num_sequences:
+        if num_sequences and self._taken.policy:  # while the critic warms up alone, there is no KL to control
             self._kl = self._kl.updated(kl_per_sequence=metrics["policy/kl_to_ref"], num_sequences=num_sequences)
         self._step += 1
         tokens = self._global(tokens=sum(len(p) for p in rows.prompt_ids) + int(rows.response_lengths.sum()))["tokens"]
@@ -115,12 +117,15 @@ class LearnerWorker:
         return metrics
 
     @torch.no_grad()
-    def measure(self, rollouts: Sequence[Rollouts]) -> dict[str, float]:
+    def measure(self, rollouts: Sequence[Rollouts], *, is_counted: bool = True) -> dict[str, float]:
         """KL to the reference (mean nats per response) and entropy on given responses, without training.
 
-        Ranks may hold different numbers of rows: those with fewer run their first micro-batch again, unweighted.
+        Ranks may hold different numbers of rows: those with fewer run their first micro-batch again, unweighted. A rank
+        for which there are none gets some all the same, with `is_counted=False`. Empty responses do not count.
         """
-        rows = without_empty(Rollouts.concatenate(rollouts))
+        rows = Rollouts.concatenate(rollouts)
+        counted = torch.from_numpy(rows.response_lengths > 0).to(self._device) & is_counted
+        rows = without_empty(rows)
         size = self._config.learner.micro_batch_size
         plan = plan_micro_batches(rows.response_lengths.tolist(), range(len(rows)), size)
         most = torch.tensor(float(len(plan)), dtype=torch.float64, device=self._device)
@@ -132,14 +137,19 @@ class LearnerWorker:
             logprobs, entropies, _ = self._models.policy_forward(batch, rows.temperature)
             reference = self._models.reference_logprobs(batch, rows.temperature)
             if i < len(plan):
+                rows_that_count = counted[batch.source_rows]
+                keep = rows_that_count[batch.rows]
                 totals.add(
-                    kl=(logprobs - reference).sum(),
-                    entropy=entropies.sum(),
-                    tokens=len(batch.targets),
-                    sequences=len(plan[i]),
+                    kl=masked_sum(logprobs - reference, keep),
+                    entropy=masked_sum(entropies, keep),
+                    tokens=keep.sum(),
+                    sequences=rows_that_count.sum(),
                 )
         sums = totals.reduced()
-        return {"eval/kl_to_ref": sums["kl"] / sums["sequences"], "eval/entropy": sums["entropy"] / sums["tokens"]}
+        return {
+            "eval/kl_to_ref": sums["kl"] / max(sums["sequences"], 1),
+            "eval/entropy": sums["entropy"] / max(sums["tokens"], 1),
+        }
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -169,13 +179,13 @@ class LearnerWorker:
 
     def save(self, folder: str) -> None:
         """Write this rank's share of a checkpoint."""
-        state = {"step": self._step, "optimizer_steps": self._optimizer_steps, "kl": self._kl.state_dict()}
+        state = {"step": self._step, "taken": asdict(self._taken), "kl": self._kl.state_dict()}
         save_learner(Path(folder), self._models, state)
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint that equally many ranks saved."""
         state = load_learner(Path(folder), self._models)
-        self._step, self._optimizer_steps = state["step"], state["optimizer_steps"]
+        self._step, self._taken = state["step"], StepsTaken(**state["taken"])
         self._kl = self._kl.with_state(state["kl"])
 
     def export(self, folder: str) -> None:
@@ -192,6 +202,15 @@ class LearnerWorker:
         dist.barrier()
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _require_finite(self, metrics: dict[str, float]) -> None:
+        """A diverged policy must not be published, saved or trained further."""
+        for key in ("policy/kl_to_ref", "policy/loss", "policy/grad_norm", "critic/loss"):
+            if not math.isfinite(metrics.get(key, 0.0)):
+                raise RuntimeError(
+                    f"{key} is {metrics[key]} in step {self._step + 1}: training has diverged. Go back to the last "
+                    "checkpoint with a lower learner.lr, or a larger objective.kl.coef"
+                )
 
     def _global(self, **values: float) -> dict[str, float]:
         totals = Totals(self._device)

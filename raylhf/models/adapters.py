@@ -25,6 +25,8 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(settings, adapter_name=ADAPTER)
+    if transposed := [name for name, layer in lora_layers(model).items() if getattr(layer, "fan_in_fan_out", False)]:
+        raise ValueError(f"learner.lora: {transposed[0]} stores its weight transposed, which merging does not support")
 
 
 @contextmanager

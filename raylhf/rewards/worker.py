@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from raylhf.batch import RewardOutput, Rollouts
 from raylhf.config.reward import RewardPlaneConfig
 from raylhf.rewards.build import build_reward
 from raylhf.rewards.validity import checked
+
+if TYPE_CHECKING:  # interfaces imports torch, which a reward worker need not load
+    from raylhf.interfaces import Reward
 
 NUM_REPORTED_ERRORS = 3
 
@@ -22,7 +25,11 @@ class RewardWorker:
 
     def __init__(self, config: RewardPlaneConfig):
         self._config = config
-        self._reward = build_reward(config.graph)
+        self._reward: Reward
+
+    def start(self) -> None:
+        """Build the reward graph. A ValueError says what cannot be built."""
+        self._reward = build_reward(self._config.graph)
 
     def score(self, rollouts: Rollouts) -> tuple[RewardOutput, dict[str, Any]]:
         """The scores, and a small summary that the driver may read.

@@ -1,6 +1,8 @@
 """A rollout worker as a plain class; the cluster makes it an actor."""
 
 import asyncio
+import os
+import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -37,12 +39,16 @@ class RolloutWorker:
         self._children: list[psutil.Process] = []
         self._num_requests = 0
         self._failed_update = ""
+        self._sockets: tempfile.TemporaryDirectory[str]
 
     # --- life -------------------------------------------------------------------------------------------------------
 
     async def start(self, *, policy_version: int = 0) -> dict[str, Any]:
         """Start the engine; the weights of the model folder are version `policy_version`."""
         began = time.perf_counter()
+        # vLLM leaves its sockets' files behind: they get a folder that goes with the worker.
+        self._sockets = tempfile.TemporaryDirectory(prefix="raylhf-")
+        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         before = set(descendants())
         # On the event loop, which it blocks: the engine's sockets belong to the loop of the thread that makes them.
         self._engine = build_engine(self._config, self._folder)
@@ -74,6 +80,7 @@ class RolloutWorker:
         finally:
             await asyncio.to_thread(kill_survivors, list(children), patience_s=_CLOSE_PATIENCE_S)
             self._children = []
+            self._sockets.cleanup()
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ METRICS: dict[str, Metric] = {
         "Mean score of the valid responses, after missing-EOS penalty and clip", "reward", "rises, then levels off"
     ),
     "reward/score_std": Metric("Standard deviation of the scores over responses", "reward", "above 0"),
-    "reward/score_se": Metric("Standard deviation of the scores over the root of their number", "reward"),
+    "reward/score_se": Metric("Standard error of reward/score_mean, responses of one prompt as one cluster", "reward"),
     "reward/total_mean": Metric("Mean of score minus KL penalty: what PPO maximises", "reward", "rises"),
     "reward/invalid_count": Metric("Responses whose score failed; they are dropped", "responses", "0"),
     "reward/part/<name>_mean": Metric("Mean score of one named part of the reward graph, before its weight", "reward"),
@@ -36,17 +36,25 @@ METRICS: dict[str, Metric] = {
     # policy: the update
     "policy/loss": Metric("Policy loss, averaged over the optimizer steps of the batch", "loss", "around 0"),
     "policy/clip_frac": Metric("Share of response tokens whose ratio was clipped", "0 to 1", "0.01 to 0.3"),
-    "policy/approx_kl": Metric("KL(old || new) per response token that the update made (k3)", "nats", "below 0.02"),
+    "policy/approx_kl": Metric(
+        "KL(old || policy) per response token before an optimizer step (k3), mean over the steps of the batch",
+        "nats",
+        "below 0.02",
+    ),
     "policy/ratio_mean": Metric("Mean probability ratio new / old over response tokens", "ratio", "0.99 to 1.01"),
     "policy/ratio_max": Metric("Largest probability ratio new / old", "ratio", "below 10"),
     "policy/first_ratio_error": Metric(
-        "Largest |ratio - 1| at the first minibatch, before any update: old and new must agree", "ratio", "below 1e-3"
+        "exp of the mean |log-ratio| at the first minibatch, minus 1: old and new must agree before any update",
+        "ratio",
+        "below 1e-3",
     ),
     "policy/entropy": Metric("Mean entropy of the policy's next-token distribution", "nats", "falls slowly, not to 0"),
     "policy/kl_to_ref": Metric("KL to the reference, summed over a response (k1), mean", "nats", "rises slowly"),
     "policy/kl_to_ref_k3": Metric("KL to the reference, summed over a response (k3, never negative), mean", "nats"),
     "policy/kl_to_ref_per_token": Metric("KL to the reference per response token (k1)", "nats", "below 0.2"),
-    "policy/grad_norm": Metric("Norm of the policy's gradient before it is scaled down", "norm", "steady"),
+    "policy/grad_norm": Metric(
+        "Largest norm of the policy's gradient (and a shared value head's) before it is scaled down", "norm", "steady"
+    ),
     "policy/lr": Metric("Learning rate of the policy", "rate"),
     "policy/epochs_done": Metric("Passes over the batch; fewer than num_epochs after approx_kl_limit", "epochs"),
     "policy/log_ratio_clamp_frac": Metric("Share of tokens whose log-ratio left [-20, 20]", "0 to 1", "0"),
@@ -76,26 +84,29 @@ METRICS: dict[str, Metric] = {
     "data/dropped_overlong_count": Metric("Prompts longer than max_prompt_tokens, dropped at the start", "prompts"),
     "data/dropped_responses_count": Metric("Responses of the step that were not trained on", "responses", "0"),
     # sync: weights from learner to rollout workers
-    "sync/seconds": Metric("Time of one weight transfer, all rollout workers", "s"),
-    "sync/gb_per_s": Metric("Bytes of the weights by sync/seconds, for one receiver", "GB/s"),
+    "sync/gb_per_s": Metric("Bytes of the weights by time/sync_s, for one receiver", "GB/s"),
     "sync/bytes": Metric("Bytes of the weights sent", "bytes"),
     # time
     "time/rollout_s": Metric("Sampling, and scoring of what is sampled meanwhile", "s"),
     "time/reward_s": Metric("Scoring, summed over reward workers; overlaps the rollout", "s"),
     "time/learn_s": Metric("Learning: log-probabilities, values and updates", "s"),
-    "time/sync_s": Metric("Weight sync as the driver sees it", "s"),
+    "time/sync_s": Metric("Weight sync: gather, transfer to all rollout workers, load, read the version back", "s"),
     "time/step_s": Metric("The whole step without evaluation and saving", "s"),
     "time/eval_s": Metric("Evaluation on the held-out prompts", "s"),
     "time/save_s": Metric("Saving a checkpoint", "s"),
     "learn/logprobs_s": Metric("Forward passes before the update: old and reference log-probabilities, values", "s"),
     "learn/update_s": Metric("Forward and backward passes of the update, optimizer steps included", "s"),
-    "learn/tokens_per_s": Metric("Prompt and response tokens of the batch by time/learn_s", "tokens/s"),
+    "learn/tokens_per_s": Metric("Prompt and response tokens of the batch by the learners' time for it", "tokens/s"),
     # memory
     "memory/learner_peak_gib": Metric("Largest peak over learner ranks: GPU memory, on a CPU resident memory", "GiB"),
-    "memory/total_rss_gib": Metric("Resident memory of all processes of the run", "GiB", "steady"),
+    "memory/total_rss_gib": Metric(
+        "Resident memory of the driver and all processes below it on its machine; shared pages count twice",
+        "GiB",
+        "steady",
+    ),
     # eval: the policy on held-out prompts
     "eval/score_mean": Metric("Mean score on the held-out prompts", "reward", "rises with reward/score_mean"),
-    "eval/score_se": Metric("Standard deviation of the held-out scores over the root of their number", "reward"),
+    "eval/score_se": Metric("Standard error of eval/score_mean, responses of one prompt as one cluster", "reward"),
     "eval/kl_to_ref": Metric("KL to the reference per held-out response (k1), mean", "nats"),
     "eval/response_length_mean": Metric("Mean length of the held-out responses", "tokens"),
     "eval/truncated_frac": Metric("Share of held-out responses that ran into max_response_tokens", "0 to 1"),

@@ -142,7 +142,6 @@ SCORES = torch.tensor([1.0, 0.0, 0.5, 1.0])
         ("grpo", [0.783186, -1.30531, -0.261062, 0.783186]),
         ("dr_grpo", [0.375, -0.625, -0.125, 0.375]),
         ("rloo", [0.5, -0.833333, -0.166667, 0.5]),
-        ("none", [1.0, 0.0, 0.5, 1.0]),
     ],
 )
 def test_group_baselines_on_worked_numbers(baseline, expected):

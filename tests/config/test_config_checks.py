@@ -140,7 +140,22 @@ def test_workers_that_fit_in_total_but_on_no_node_are_named(build):
 def test_shares_of_a_gpu_meet_on_one_gpu(build):
     changes = GPU | {"rollout.num_gpus": 0.4, "learner.num_gpus": 0.6, "cluster.gpus_per_node": 1}
     assert check_config(build(changes)) == []
-    assert "2 GPUs" in check_config(build(changes | {"rollout.replicas": 2, "learner.num_ranks": 2}))[0]
-    assert (
-        check_config(build(changes | {"rollout.replicas": 2, "learner.num_ranks": 2, "cluster.gpus_per_node": 2})) == []
-    )
+    pairs = changes | {"rollout.replicas": 2, "learner.num_ranks": 2}
+    assert any("2 GPUs" in problem for problem in check_config(build(pairs)))
+    (problem,) = check_config(build(pairs | {"cluster.gpus_per_node": 2}))
+    assert "which Ray would pair at will" in problem
+
+
+def test_settings_that_would_do_nothing_are_refused(build):
+    for changes, sentence in (
+        ({"objective.advantage": "rloo", "rollout.group_size": 2, "objective.gamma": 0.5}, "credits whole responses"),
+        ({"objective.approx_kl_limit": 0.1, "objective.num_epochs": 1}, "stops epochs after the first one"),
+    ):
+        (problem,) = check_config(build(changes))
+        assert sentence in problem
+
+
+def test_a_cut_response_is_not_both_bootstrapped_and_punished(build):
+    (problem,) = check_config(build({"objective.bootstrap_truncated": True}))
+    assert "missing_eos_penalty = 1" in problem
+    assert check_config(build({"objective.bootstrap_truncated": True, "reward.missing_eos_penalty": 0})) == []

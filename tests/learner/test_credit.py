@@ -50,13 +50,13 @@ def test_reinforce_pp_is_the_reward_to_go():
     torch.testing.assert_close(advantages[0], torch.tensor([0.85, 0.9, 0.95]))
 
 
-def test_a_cut_response_bootstraps_from_the_value_at_the_cut_only_if_asked_to():
+def test_a_cut_response_bootstraps_from_the_value_after_its_last_token():
     plain, _, _ = advantages_of({"gae_lambda": 1.0})
-    bootstrapped, returns, _ = advantages_of({"gae_lambda": 1.0, "bootstrap_truncated": True})
+    bootstrapped, returns, _ = advantages_of({"gae_lambda": 1.0}, end_values=torch.full((4,), 0.7))
     torch.testing.assert_close(bootstrapped[0], plain[0])
-    torch.testing.assert_close(bootstrapped[1] - plain[1], torch.tensor([0.5, 0.5, 0.0]))
+    torch.testing.assert_close(bootstrapped[1] - plain[1], torch.tensor([0.7, 0.7, 0.0]))
     assert returns is not None
-    torch.testing.assert_close(returns[1], torch.tensor([3.4, 3.45, 0.0]))
+    torch.testing.assert_close(returns[1], torch.tensor([3.6, 3.65, 0.0]))
 
 
 def test_whitening_is_over_all_tokens_that_count_and_reports_the_state_before():

@@ -1,5 +1,7 @@
 """The learner with the real DeepSpeed: what must not change its update, and what must not happen without one."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +152,44 @@ def test_measuring_does_not_depend_on_how_rows_are_shared_out(folder):
     assert shared[0] == shared[1]
     assert shared[0]["eval/kl_to_ref"] == pytest.approx(alone["eval/kl_to_ref"], rel=1e-4)
     assert np.isfinite(list(alone.values())).all()
+
+
+def warm_the_critic_up(learner, rank, num_ranks):
+    """Weights and metrics at the start, after two critic-only steps, and after one more."""
+    states: list[Any] = [(weights_of(learner), {})]
+    for seed in (0, 1, 2):
+        states.append((learner.update(*share_of(rank, num_ranks, seed=seed)), weights_of(learner)))
+    return states[0][0], states[2], states[3]
+
+
+@pytest.mark.parametrize(("trunk", "stage"), [("shared", 0), ("shared", 2), ("own", 2)])
+def test_while_the_critic_warms_up_the_policy_stays_and_then_starts_like_a_fresh_one(folder, trunk, stage):
+    lr = 1e-3
+    config = make_config(
+        folder,
+        learner={"zero_stage": stage, "lr": lr, "lr_warmup_steps": 2},
+        objective={"critic": {"trunk": trunk, "lr": 1e-2, "warmup_steps": 2}, "num_minibatches": 1},
+    )
+    start, (warm_metrics, warm), (metrics, after) = run_ranks(warm_the_critic_up, config, 1)[0]
+    assert_same_weights(start, warm, 0)
+    assert "policy/loss" not in warm_metrics
+    assert warm_metrics["critic/value_mean"] != 0
+    # Adam's first step moves a weight by at most its learning rate, which itself warms up: a half of it.
+    largest = max((after[name] - warm[name]).abs().max().item() for name in after)
+    assert metrics["policy/lr"] == pytest.approx(lr / 2)
+    assert 0.4 * lr < largest < 0.51 * lr
+
+
+def diverge(learner, rank):
+    """What a learner says whose weights are not numbers."""
+    with torch.no_grad():
+        next(learner._models.policy.module.parameters()).fill_(float("nan"))
+    try:
+        learner.update(*share_of(rank, 1))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_diverged_policy_stops_the_run_with_a_sentence(folder):
+    assert "is nan" in run_ranks(diverge, make_config(folder))[0]

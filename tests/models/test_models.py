@@ -1,5 +1,7 @@
 """Loading, heads, adapters and the tiny model, against transformers itself."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
@@ -16,6 +18,21 @@ SOURCE = {"dtype": torch.float32, "attention": "sdpa", "trust_remote_code": Fals
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def adapter_weight(layer: Any) -> torch.Tensor:
+    """The B of an adapter, which starts at zero."""
+    return layer.lora_B["raylhf"].weight
+
+
+def small_reward_model_config(*, num_outputs: int) -> LlamaConfig:
+    """One layer; padding is token 0."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.num_labels = num_outputs
+    config.pad_token_id = 0
+    return config
 
 
 def rows_and_positions(prompt_length, response_length):
@@ -46,15 +63,13 @@ def test_a_new_value_head_says_zero_and_sends_no_gradient_into_the_trunk(folder)
     _, _, values = policy(tokens, rows, positions, tokens[0, 2:], temperature=1.0)
     assert values is not None and values.tolist() == [0, 0]
     (values - 1).square().sum().backward()
-    assert policy.value_head is not None and policy.value_head.linear.bias.grad.item() == -4
+    assert policy.value_head is not None
+    assert policy.value_head.linear.bias.grad == torch.tensor([-4.0])
     assert all(p.grad is None for p in policy.lm.parameters())
 
 
 def test_a_critic_from_a_reward_model_starts_with_its_scores(tmp_path):
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=1
-    )
-    config.pad_token_id = 0
+    config = small_reward_model_config(num_outputs=1)
     reward_model = LlamaForSequenceClassification(config)
     reward_model.save_pretrained(tmp_path)
     tokens = torch.tensor([[3, 4, 5]])
@@ -64,9 +79,7 @@ def test_a_critic_from_a_reward_model_starts_with_its_scores(tmp_path):
 
 
 def test_a_critic_from_a_reward_model_with_two_outputs_is_refused(tmp_path):
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=2
-    )
+    config = small_reward_model_config(num_outputs=2)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 2 outputs"):
         load_critic(str(tmp_path), **SOURCE)
@@ -82,7 +95,7 @@ def test_adapters_can_be_switched_off_and_merged():
         layers = lora_layers(model)
         assert not any("lm_head" in name for name in layers)
         for layer in layers.values():
-            layer.lora_B["raylhf"].weight.normal_()
+            torch.nn.init.normal_(adapter_weight(layer))
         adapted = model(tokens).logits
         assert (adapted - before).abs().max() > 0.1
         with adapters_off(model):
@@ -90,8 +103,8 @@ def test_adapters_can_be_switched_off_and_merged():
         torch.testing.assert_close(model(tokens).logits, adapted)
         plain = tiny_model(vocab_size=32, seed=0)
         for name, layer in layers.items():
-            target = plain.get_submodule(name)
-            target.weight.copy_(merged_weight(layer, layer.base_layer.weight))
+            weight = plain.get_parameter(f"{name}.weight")
+            weight.copy_(merged_weight(layer, weight))
         torch.testing.assert_close(plain(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
 
 

@@ -8,9 +8,10 @@ from raylhf.rewards.worker import RewardWorker
 
 def worker(penalty=1.0, clip=None, **graph):
     graph = graph or {"kind": "characters", "characters": "a"}
-    return RewardWorker(
-        RewardPlaneConfig.model_validate({"graph": graph, "missing_eos_penalty": penalty, "clip": clip})
-    )
+    config = RewardPlaneConfig.model_validate({"graph": graph, "missing_eos_penalty": penalty, "clip": clip})
+    started = RewardWorker(config)
+    started.start()
+    return started
 
 
 def test_the_penalty_meets_truncated_responses_only_and_the_clip_comes_after_it(rollouts_of):
