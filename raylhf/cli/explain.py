@@ -1,5 +1,6 @@
 """`raylhf config`: every setting with its type, default and meaning."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from raylhf.config.base import Settings
 from raylhf.config.load import load_config
 from raylhf.config.run import RunConfig
 from raylhf.config.schema import Path, describe, dotted, item_of, kind_of, models_of
+
+WIDE = 400
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,13 @@ class Setting:
 def run_explain(path: str | None, overrides: Sequence[str]) -> int:
     """Print all settings by section, and the file's value where a file is given."""
     config = load_config(path, overrides) if path is not None else None
-    console = Console(highlight=False)
+    # Into a pipe or a file, lines are as long as they are: grep must find a key in one piece.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     for title, meaning, settings in sections():
         table = Table(title=f"{title}: {meaning}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         columns = ("key", "type", "default", *(["value"] if config else []), "meaning")
         for column in columns:
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "key")
         for setting in settings:
             value = [_value(config, setting)] if config else []
             cells = (setting.key, setting.type, setting.default, *value, setting.meaning)

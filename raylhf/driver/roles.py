@@ -57,7 +57,13 @@ def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
     folder = prepare_model(config.model.path, seed=config.seed)
     critic = config.objective.critic.path
     critic_folder = folder if critic is None else prepare_model(critic, seed=config.seed)
-    for name in {folder, critic_folder}:
-        load_model_config(name, trust_remote_code=config.model.trust_remote_code)  # fails early, with a sentence
+    for name in {folder, critic_folder}:  # fails early, with a sentence
+        architecture = load_model_config(name, trust_remote_code=config.model.trust_remote_code)
+        context = getattr(architecture, "max_position_embeddings", config.max_model_len)
+        if config.max_model_len > context:
+            raise ValueError(
+                f"data.max_prompt_tokens + rollout.sampling.max_response_tokens (or rollout.max_model_len) = "
+                f"{config.max_model_len}, but the context of {name} is {context} tokens; lower them"
+            )
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     return Prepared(folder, critic_folder, [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts])

@@ -99,6 +99,7 @@ class LearnerWorker:
         metrics = experience_metrics(
             experience, kl_coef=kl_coef, importance_cap=self._config.rollout.importance_cap, device=self._device
         )
+        self._require_finite(metrics)
         experience, credited = assign_credit(
             experience, self._config.objective, kl_coef=kl_coef, all_reduce=all_reduce_sum
         )
