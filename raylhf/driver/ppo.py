@@ -41,6 +41,8 @@ class Run:
     """Steps done; also the version of the weights."""
     saved_step: int = 0
     """Step of the newest checkpoint."""
+    kl: float = 0.0
+    """KL to the reference per response, as last measured."""
 
 
 def train_ppo(run: Run) -> str:
@@ -57,32 +59,29 @@ def train_ppo(run: Run) -> str:
 
 
 def _loop(run: Run) -> str:
-    config, status = run.config, "complete"
+    config = run.config
     if not run.evaluations:
         evaluate_now(run)
-    while run.step < config.num_steps:
-        kl = train_step(run)
+    while run.step < config.num_steps and not is_over_budget(run):
+        run.kl = train_step(run)
         if run.step % (config.checkpoint.every_steps or config.num_steps) == 0:
             save(run)
         if run.should_stop():
             return "stopped"
-        if is_over_budget(config, kl):
-            status = "over KL budget"
-            break
         every = config.evaluation.every_steps
         if every and run.step % every == 0 and run.step < config.num_steps:
             evaluate_now(run)
     if not run.evaluations or run.evaluations[-1]["step"] < run.step:
         evaluate_now(run)
-    if run.evaluations and is_over_budget(config, run.evaluations[-1]["metrics"]["eval/kl_to_ref"]):
-        status = "over KL budget"  # the last update is measured here only
-    return status
+    if run.evaluations:  # the last update is measured here only
+        run.kl = max(run.kl, run.evaluations[-1]["metrics"]["eval/kl_to_ref"])
+    return "over KL budget" if is_over_budget(run) else "complete"
 
 
-def is_over_budget(config: RunConfig, kl: float) -> bool:
-    """Whether a KL per response has passed the budget."""
-    budget = config.objective.kl.budget_per_sequence
-    return budget is not None and kl > budget
+def is_over_budget(run: Run) -> bool:
+    """Whether the KL has passed the budget."""
+    budget = run.config.objective.kl.budget_per_sequence
+    return budget is not None and run.kl > budget
 
 
 def train_step(run: Run) -> float:
@@ -101,13 +100,13 @@ def train_step(run: Run) -> float:
             seed_key=(_TRAIN_SEED, run.step),
             should_stop=run.should_stop,
         )
+        seconds = rollout_seconds()
+        metrics = {"time/rollout_s": seconds, **batch_metrics(groups, area="reward", seconds=seconds)}
     except (StopRequestedError, WorkerError, ValueError):
         run.order.restore(position)  # what was drawn was not consumed
         if run.saved_step < run.step:
             save(run)  # the learners are as the last step left them
         raise
-    seconds = rollout_seconds()
-    metrics = {"time/rollout_s": seconds, **batch_metrics(groups, area="reward", seconds=seconds)}
     metrics["rollout/policy_version"] = min(group.rollout_summary["policy_version"] for group in groups)
     run.tracker.set_phase("learn")
     learn_seconds = timed()
@@ -194,6 +193,7 @@ def save(run: Run) -> None:
     run.workers.learner.call_all("save", str(folder), timeout_s=run.config.cluster.step_timeout_s)
     state = {
         "step": run.step,
+        "kl": run.kl,
         "order": run.order.state(),
         "evaluations": run.evaluations,
         "settings": run.fingerprint,

@@ -121,7 +121,7 @@ def restore(run: Run, folder: Path, state: dict[str, Any]) -> None:
     run.tracker.set_phase(f"resuming from {folder.name}")
     run.workers.learner.call_all("load", str(folder), timeout_s=run.config.cluster.step_timeout_s)
     run.order.restore(state["order"])
-    run.step = state["step"]
+    run.step, run.kl = state["step"], state["kl"]
     run.evaluations.extend(state["evaluations"])
 
 
