@@ -96,6 +96,8 @@ class PlainConsole:
                 shown.append(f"{label} {metrics[key]:.4g}" + (f" ({change})" if change else ""))
         if "time/step_s" in metrics:
             shown.append(f"{metrics['time/step_s']:.1f} s")
+        if len(shown) == 1:  # nothing for people in it, such as the time that a checkpoint took
+            return
         print(" | ".join([*shown, f"left {progress.time_left}"]), flush=True)
 
     def close(self, status: str) -> None:

@@ -193,3 +193,15 @@ def diverge(learner, rank):
 
 def test_a_diverged_policy_stops_the_run_with_a_sentence(folder):
     assert "is nan" in run_ranks(diverge, make_config(folder))[0]
+
+
+def one_update(learner, rank):
+    """Metrics of one step."""
+    return learner.update(*share_of(rank, 2))
+
+
+def test_epochs_stop_on_every_rank_alike_when_the_policy_has_moved_too_far(folder):
+    limits = {"num_epochs": 4, "approx_kl_limit": 1e-4}
+    config = make_config(folder, learner={"num_ranks": 2}, objective=limits)
+    first, second = run_ranks(one_update, config)
+    assert first["policy/epochs_done"] == second["policy/epochs_done"] == 2  # the first epoch starts from no change
