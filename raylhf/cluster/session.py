@@ -11,9 +11,12 @@ from typing import Any
 
 import ray
 
-from raylhf.cluster.actors import StopRequestedError, gather
+from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
 from raylhf.config.cluster import ClusterConfig
 from raylhf.config.placement import Role
+
+START_ATTEMPTS = 3
+_TIMED_OUT = "timed out during startup"
 
 
 @contextmanager
@@ -43,10 +46,26 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
 
 
 def _init_ray(**settings: Any) -> None:
-    """`ray.init`, which puts a SIGTERM handler of its own in the place of ours and leaves it there."""
+    """`ray.init`, which puts a SIGTERM handler of its own in the place of ours and leaves it there.
+
+    Ray gives a starting node 30 s, which a busy machine can exceed; it is tried again before the run gives up.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**settings)
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                ray.init(**settings)
+                return
+            except ConnectionError as error:
+                raise WorkerError(
+                    f"cluster.address {settings.get('address')!r}: no Ray answers there ({error})"
+                ) from error
+            except Exception as error:  # Ray raises nothing narrower
+                ray.shutdown()
+                if _TIMED_OUT not in str(error):
+                    raise
+                if attempt == START_ATTEMPTS:
+                    raise WorkerError(f"Ray did not start in {attempt} attempts: {error}") from error
     except SystemExit:  # Ray's handler was called
         ray.shutdown()
         raise StopRequestedError("starting Ray") from None
