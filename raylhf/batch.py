@@ -105,19 +105,73 @@ class RewardOutput:
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Scores of named parts before weighting, float64 [B] each, for logging."""
     token_scores: Sequence[np.ndarray] | None = None
-    """Dense scores on response tokens, float32 [T_i] each, in the policy's tokens; they add to `scores`."""
+    """Dense scores on response tokens, float32 [T_i] each, in the policy's tokens. They are `scores` laid out over the
+    response: each row sums to its score (in a valid row)."""
+    vector: np.ndarray | None = None
+    """Scores of the members of an ensemble, or of the attributes of a multi-value model, float64 [B, J]; NaN where one
+    does not apply."""
+    vector_names: tuple[str, ...] = ()
+    """Names of the J columns of `vector`."""
+    resample: np.ndarray | None = None
+    """Invalid rows whose leaf asks for the prompt's group to be sampled anew, bool [B]; None means no row."""
     errors: tuple[str, ...] = ()
     """One sentence for each failure."""
 
     @staticmethod
     def concatenate(outputs: Sequence["RewardOutput"]) -> "RewardOutput":
-        """One record of all rows, in order."""
-        names = outputs[0].parts.keys()
-        is_dense = outputs[0].token_scores is not None
+        """One record of all rows, in order. The outputs are of one reward, so they have the same columns."""
+        first = outputs[0]
         return RewardOutput(
             scores=np.concatenate([o.scores for o in outputs]),
             valid=np.concatenate([o.valid for o in outputs]),
-            parts={name: np.concatenate([o.parts[name] for o in outputs]) for name in names},
-            token_scores=[t for o in outputs for t in o.token_scores or ()] if is_dense else None,
+            parts={name: np.concatenate([o.parts[name] for o in outputs]) for name in first.parts},
+            token_scores=None if first.token_scores is None else [t for o in outputs for t in o.token_scores or ()],
+            vector=None
+            if first.vector is None
+            else np.concatenate([o.vector for o in outputs if o.vector is not None]),
+            vector_names=first.vector_names,
+            resample=None
+            if all(o.resample is None for o in outputs)
+            else np.concatenate([np.zeros(len(o.scores), bool) if o.resample is None else o.resample for o in outputs]),
             errors=tuple(e for o in outputs for e in o.errors),
         )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison between two responses of a RewardExample."""
+
+    chosen: int
+    """Position of the preferred response."""
+    rejected: int
+    """Position of the other one."""
+    margin: float = 0.0
+    """How much better it is, in the data's units (0: not said)."""
+    agreement: float | None = None
+    """Share of raters who prefer it; None where the data does not say."""
+
+
+@dataclass(frozen=True)
+class RewardExample:
+    """One prompt with its K responses and everything that raters said about them: one element of a batch."""
+
+    index: int
+    """Position in the data, stable over runs."""
+    messages: tuple[Mapping[str, str], ...]
+    """The prompt's chat turns, each {role, content}; () where responses are judged without a prompt."""
+    responses: tuple[str, ...]
+    """K texts."""
+    pairs: tuple[Pair, ...] = ()
+    """Comparisons; of a ranking or of scores, all those that are not ties."""
+    ranks: np.ndarray | None = None
+    """Place of each response, 1 is best, equal is a tie, NaN is below all that have a place, float64 [K]."""
+    targets: np.ndarray | None = None
+    """Scores, float64 [K, J]; NaN where missing. J is 1 for plain scores."""
+    target_stds: np.ndarray | None = None
+    """Standard deviation of the raters behind each score, float64 [K, J]; NaN where unknown."""
+    step_ends: tuple[np.ndarray, ...] = ()
+    """Of each response, the position after the last character of each step, int64 [n_k]."""
+    step_labels: tuple[np.ndarray, ...] = ()
+    """Of each response, 1 for a right step, 0 for a wrong one, NaN where nobody said, float64 [n_k]."""
+    subset: str = ""
+    """Value of data.subset_key."""

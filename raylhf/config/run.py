@@ -9,6 +9,7 @@ from raylhf.config.learner import LearnerConfig
 from raylhf.config.model import ModelConfig
 from raylhf.config.objective import ObjectiveConfig, PPOConfig
 from raylhf.config.reward import RewardPlaneConfig
+from raylhf.config.reward_model import RewardDataConfig, RewardEvaluationConfig, RewardModelConfig
 from raylhf.config.rollout import RolloutConfig
 from raylhf.config.tracking import TrackingConfig
 
@@ -33,17 +34,32 @@ class CheckpointConfig(Settings):
     """Write the final policy as an ordinary Hugging Face folder (`export/`)."""
 
 
-class RunConfig(Settings):
+class CommonConfig(Settings):
+    """What every kind of run has."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     output_dir: str = "runs"
     """Folder that holds the folders of runs."""
     seed: int = Field(default=0, ge=0)
     """Seed of data order, sampling, initialisation."""
+    model: ModelConfig
+    """The model that is trained."""
+    learner: LearnerConfig = LearnerConfig()
+    """Training workers."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
+    cluster: ClusterConfig = ClusterConfig()
+    """The Ray cluster."""
+
+
+class RunConfig(CommonConfig):
+    """A policy run."""
+
     num_steps: int = Field(ge=1)
     """Rollout batches to train on."""
-    model: ModelConfig
-    """The policy."""
     data: DataConfig
     """The prompts."""
     rollout: RolloutConfig
@@ -52,16 +68,8 @@ class RunConfig(Settings):
     """The reward plane."""
     objective: ObjectiveConfig = PPOConfig()
     """The optimisation method."""
-    learner: LearnerConfig = LearnerConfig()
-    """Training workers."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out evaluation."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving and resuming."""
-    tracking: TrackingConfig = TrackingConfig()
-    """Where metrics go."""
-    cluster: ClusterConfig = ClusterConfig()
-    """The Ray cluster."""
 
     @property
     def responses_per_step(self) -> int:
@@ -87,3 +95,20 @@ class RunConfig(Settings):
     def has_critic(self) -> bool:
         """Whether a value function is trained."""
         return self.objective.advantage == "gae"
+
+
+class RewardModelRunConfig(CommonConfig):
+    """A run that trains a reward model."""
+
+    num_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; null means what objective.num_epochs passes take."""
+    data: RewardDataConfig
+    """The judgements."""
+    objective: RewardModelConfig
+    """Loss and head."""
+    evaluation: RewardEvaluationConfig = RewardEvaluationConfig()
+    """Held-out evaluation."""
+
+
+AnyRunConfig = RunConfig | RewardModelRunConfig
+"""What a config file may describe; `objective.kind` tells which."""
