@@ -26,13 +26,15 @@ def shape_rewards(
     """Rewards [B, T]: -kl_coef * k1 at each response token, plus `scores` [B] at the last one (arXiv 1909.08593).
 
     old_logprobs and ref_logprobs [B, T] are the learner's, not the rollout engine's. k1 is the only estimator that has
-    the gradient of the reverse KL when it sits in the reward (see `kl`). `token_scores` [B, T] adds a dense reward; a
-    score that stands outside the mask is dropped, so one for a tool's output must be moved to the action before it.
-    A row without response tokens gets nothing, whatever its score.
+    the gradient of the reverse KL when it sits in the reward (see `kl`). `token_scores` [B, T] lay the score out over
+    the response instead; the last token gets what is left of it (a penalty added later, a token score that stands
+    outside the mask), so that a response's rewards add to its score minus the KL penalty in any case. A row without
+    response tokens gets nothing, whatever its score.
     """
     rewards = -kl_coef * kl_per_token(old_logprobs, ref_logprobs, estimator="k1")
     if token_scores is not None:
-        rewards = rewards + token_scores.float()
+        dense = mask_out(token_scores, response_mask)
+        rewards, scores = rewards + dense, scores - dense.sum(dim=1)
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     is_last = positions == last_response_index(response_mask)[:, None]
     return mask_out(rewards, response_mask) + broadcast_to_tokens(scores, is_last)

@@ -7,7 +7,7 @@ from raylhf.config.model import ModelConfig
 from raylhf.config.objective import AdaptiveKLControl, CriticConfig, PPOConfig
 from raylhf.config.placement import EPSILON, place_config, roles_of
 from raylhf.config.reward import FunctionReward, LengthReward, RewardConfig, SumReward
-from raylhf.config.run import RunConfig
+from raylhf.config.run import AnyRunConfig, RunConfig
 from raylhf.config.schema import Path, dotted
 
 GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
@@ -37,7 +37,8 @@ def find_problems(config: RunConfig) -> list[Problem]:
     return [problem for check in CHECKS for problem in check(config)]
 
 
-def _problem(key: str, text: str) -> Problem:
+def problem_at(key: str, text: str) -> Problem:
+    """A problem at a dotted key."""
     return Problem(tuple(int(part) if part.isdigit() else part for part in key.split(".")), text)
 
 
@@ -45,12 +46,12 @@ def _check_sampling(config: RunConfig) -> Iterator[Problem]:
     sampling = config.rollout.sampling
     why = "PPO's ratio needs the log-probability under the untruncated distribution that the learner computes"
     if sampling.top_p < 1:
-        yield _problem("rollout.sampling.top_p", f"is {sampling.top_p}, but {why}; set it to 1.0")
+        yield problem_at("rollout.sampling.top_p", f"is {sampling.top_p}, but {why}; set it to 1.0")
     if sampling.top_k != -1:
-        yield _problem("rollout.sampling.top_k", f"is {sampling.top_k}, but {why}; set it to -1 (off)")
+        yield problem_at("rollout.sampling.top_k", f"is {sampling.top_k}, but {why}; set it to -1 (off)")
     needed = config.data.max_prompt_tokens + sampling.max_response_tokens
     if config.max_model_len < needed:
-        yield _problem(
+        yield problem_at(
             "rollout.max_model_len",
             f"is {config.max_model_len}, less than data.max_prompt_tokens + rollout.sampling.max_response_tokens "
             f"= {needed}; raise it to {needed}, or leave it null",
@@ -63,23 +64,23 @@ def _check_reward(config: RunConfig) -> Iterator[Problem]:
 
 def _check_reward_node(node: RewardConfig, key: str) -> Iterator[Problem]:
     if isinstance(node, LengthReward) and node.min_words > node.max_words:
-        yield _problem(
+        yield problem_at(
             f"{key}.min_words", f"is {node.min_words}, more than max_words = {node.max_words}; no length would fit"
         )
     if isinstance(node, FunctionReward) and not all(node.path.partition(":")):
-        yield _problem(f"{key}.path", f"is {node.path!r}; write package.module:function")
+        yield problem_at(f"{key}.path", f"is {node.path!r}; write package.module:function")
     if isinstance(node, SumReward):
         names = [part.name for part in node.parts]
         for i, part in enumerate(node.parts):
             if part.name in names[:i]:
-                yield _problem(f"{key}.parts.{i}.name", f"{part.name!r} names two parts, which are logged by name")
+                yield problem_at(f"{key}.parts.{i}.name", f"{part.name!r} names two parts, which are logged by name")
             yield from _check_reward_node(part.reward, f"{key}.parts.{i}.reward")
 
 
 def _check_kl(config: RunConfig) -> Iterator[Problem]:
     kl = config.objective.kl
     if kl.placement == "reward" and kl.estimator not in (None, "k1"):
-        yield _problem(
+        yield problem_at(
             "objective.kl.estimator",
             f"is {kl.estimator} with placement reward, where only k1 gives the gradient of the reverse KL (k2 and k3 "
             "in the reward are biased, 2506.09477); set it to k1 or null",
@@ -90,7 +91,7 @@ def _check_kl(config: RunConfig) -> Iterator[Problem]:
             if kl.estimator == "k1"
             else "k3 in the loss has the gradient of the forward KL"
         )
-        yield _problem(
+        yield problem_at(
             "objective.kl.estimator",
             f"is {kl.estimator} with placement loss, where only k2 gives the gradient of the reverse KL: {reason} "
             "(2512.21852); set it to k2 or null (the logged value is k3 anyway)",
@@ -99,17 +100,17 @@ def _check_kl(config: RunConfig) -> Iterator[Problem]:
         return
     control = kl.control
     if kl.budget_per_sequence is not None and control.target_per_sequence > kl.budget_per_sequence:
-        yield _problem(
+        yield problem_at(
             "objective.kl.control.target_per_sequence",
             f"is {control.target_per_sequence}, above budget_per_sequence = {kl.budget_per_sequence}: the controller "
             "would steer the run into its own stop; lower the target or raise the budget",
         )
     if control.min_coef > control.max_coef:
-        yield _problem(
+        yield problem_at(
             "objective.kl.control.min_coef", f"is {control.min_coef}, more than max_coef = {control.max_coef}"
         )
     elif not control.min_coef <= kl.coef <= control.max_coef:
-        yield _problem(
+        yield problem_at(
             "objective.kl.coef",
             f"is {kl.coef}, outside of the control's [{control.min_coef}, {control.max_coef}]; start inside of it",
         )
@@ -118,19 +119,19 @@ def _check_kl(config: RunConfig) -> Iterator[Problem]:
 def _check_advantage(config: RunConfig) -> Iterator[Problem]:
     objective, group_size = config.objective, config.rollout.group_size
     if objective.advantage in GROUP_ESTIMATORS and group_size < 2:
-        yield _problem(
+        yield problem_at(
             "rollout.group_size",
             f"is {group_size}, but objective.advantage: {objective.advantage} compares the responses to one prompt; "
             "set it to 2 or more (4 to 16 are usual)",
         )
     if objective.advantage in GROUP_ESTIMATORS and objective.gamma != 1:
-        yield _problem(
+        yield problem_at(
             "objective.gamma",
             f"is {objective.gamma}, but objective.advantage: {objective.advantage} credits whole responses; set it "
             "to 1",
         )
     if objective.approx_kl_limit is not None and objective.num_epochs == 1:
-        yield _problem(
+        yield problem_at(
             "objective.approx_kl_limit",
             "stops epochs after the first one, but objective.num_epochs is 1; raise that, or set the limit to null",
         )
@@ -141,17 +142,17 @@ def _check_advantage(config: RunConfig) -> Iterator[Problem]:
     for name in CriticConfig.model_fields:
         value = getattr(objective.critic, name)
         if value != getattr(CriticConfig(), name):
-            yield _problem(
+            yield problem_at(
                 f"objective.critic.{name}",
                 f"is {value}, but with objective.advantage: {objective.advantage} it {unused}",
             )
     if objective.gae_lambda != PPOConfig().gae_lambda:
-        yield _problem(
+        yield problem_at(
             "objective.gae_lambda",
             f"is {objective.gae_lambda}, but with objective.advantage: {objective.advantage} it {unused}",
         )
     if objective.bootstrap_truncated:
-        yield _problem(
+        yield problem_at(
             "objective.bootstrap_truncated",
             "is true, but the value at the cut comes from a critic; set it to false, or objective.advantage: gae",
         )
@@ -160,24 +161,24 @@ def _check_advantage(config: RunConfig) -> Iterator[Problem]:
 def _check_critic(config: RunConfig) -> Iterator[Problem]:
     critic = config.objective.critic
     if critic.trunk == "shared" and critic.path is not None:
-        yield _problem(
+        yield problem_at(
             "objective.critic.path",
             f"is {critic.path!r}, but trunk: shared puts the value head on the policy; set trunk: own, or path: null",
         )
     if critic.trunk == "own" and critic.loss_coef != CriticConfig().loss_coef:
-        yield _problem(
+        yield problem_at(
             "objective.critic.loss_coef",
             f"is {critic.loss_coef}, but a critic with its own trunk has its own optimizer, so the factor has no "
             "effect; remove it (critic.lr is the setting to change)",
         )
     if config.objective.bootstrap_truncated and config.reward.missing_eos_penalty > 0:
-        yield _problem(
+        yield problem_at(
             "objective.bootstrap_truncated",
             f"values what a cut response would go on to, while reward.missing_eos_penalty = "
             f"{config.reward.missing_eos_penalty:g} punishes it for being cut; set one of them to false or 0",
         )
     if critic.warmup_steps >= config.num_steps and critic.warmup_steps > 0:
-        yield _problem(
+        yield problem_at(
             "objective.critic.warmup_steps",
             f"is {critic.warmup_steps}, but the run has num_steps = {config.num_steps}: the policy would never learn; "
             "lower it",
@@ -187,7 +188,7 @@ def _check_critic(config: RunConfig) -> Iterator[Problem]:
 def _check_batch(config: RunConfig) -> Iterator[Problem]:
     prompts, ranks = config.rollout.prompts_per_step, config.learner.num_ranks
     if prompts % ranks:
-        yield _problem(
+        yield problem_at(
             "rollout.prompts_per_step",
             f"is {prompts}, not a multiple of learner.num_ranks = {ranks}: whole groups live on one rank, and ranks "
             f"share equally; use {(prompts // ranks + 1) * ranks}",
@@ -197,7 +198,7 @@ def _check_batch(config: RunConfig) -> Iterator[Problem]:
     minibatches = config.objective.num_minibatches
     if per_rank % minibatches:
         divisors = ", ".join(str(n) for n in range(1, min(per_rank, 256) + 1) if per_rank % n == 0)
-        yield _problem(
+        yield problem_at(
             "objective.num_minibatches",
             f"is {minibatches}, which does not divide the {per_rank} responses of a rank "
             f"({prompts} prompts x {config.rollout.group_size} / {ranks} ranks); use one of {divisors}",
@@ -205,40 +206,41 @@ def _check_batch(config: RunConfig) -> Iterator[Problem]:
         return
     per_minibatch = per_rank // minibatches
     if config.learner.micro_batch_size > per_minibatch:
-        yield _problem(
+        yield problem_at(
             "learner.micro_batch_size",
             f"is {config.learner.micro_batch_size}, more than the {per_minibatch} responses that a rank has in a "
             f"minibatch; set it to {per_minibatch} or less",
         )
 
 
-def _check_devices(config: RunConfig) -> Iterator[Problem]:
+def check_devices(config: AnyRunConfig) -> Iterator[Problem]:
+    """Arithmetic, attention and offload against the learner's device."""
     model, learner = config.model, config.learner
     if model.attention == "flash_attention_2" and model.dtype == "float32":
-        yield _problem(
+        yield problem_at(
             "model.attention", "is flash_attention_2, which has no float32; set model.dtype: bfloat16 or sdpa"
         )
     if learner.offload_params and learner.zero_stage != 3:
-        yield _problem(
+        yield problem_at(
             "learner.offload_params",
             f"is true, but only ZeRO-3 partitions parameters; set zero_stage: 3 (it is {learner.zero_stage})",
         )
     if learner.offload_optimizer and learner.zero_stage == 0:
-        yield _problem("learner.offload_optimizer", "is true, but ZeRO-0 has no offload; set zero_stage: 1, 2 or 3")
+        yield problem_at("learner.offload_optimizer", "is true, but ZeRO-0 has no offload; set zero_stage: 1, 2 or 3")
     if learner.num_gpus > 0:
         return
     remedy = "set learner.num_gpus (and cluster.gpus_per_node)"
     default = ModelConfig(path="").attention
     if model.dtype == "bfloat16":
-        yield _problem(
+        yield problem_at(
             "model.dtype",
             f"is bfloat16, but learner.num_gpus is 0 and CPUs are many times slower in it; use float32, or {remedy}",
         )
     if model.attention == "flash_attention_2":
-        yield _problem("model.attention", f"is flash_attention_2, which needs a GPU; use {default}, or {remedy}")
+        yield problem_at("model.attention", f"is flash_attention_2, which needs a GPU; use {default}, or {remedy}")
     for name in ("offload_optimizer", "offload_params"):
         if getattr(learner, name):
-            yield _problem(
+            yield problem_at(
                 f"learner.{name}", f"is true, but the learner is on the CPU, where nothing is left to offload; {remedy}"
             )
 
@@ -247,22 +249,24 @@ def _check_engine_gpus(config: RunConfig) -> Iterator[Problem]:
     rollout, gpus_per_node = config.rollout, config.cluster.gpus_per_node
     tp, num_gpus = rollout.tensor_parallel_size, rollout.num_gpus
     if tp > 1 and num_gpus < tp:
-        yield _problem("rollout.num_gpus", f"is {num_gpus:g}, but rollout.tensor_parallel_size is {tp}; set it to {tp}")
+        yield problem_at(
+            "rollout.num_gpus", f"is {num_gpus:g}, but rollout.tensor_parallel_size is {tp}; set it to {tp}"
+        )
     if num_gpus > tp:
-        yield _problem(
+        yield problem_at(
             "rollout.num_gpus",
             f"is {num_gpus:g}, but the engine uses rollout.tensor_parallel_size = {tp} GPUs; set them equal",
         )
     if tp > 1 and tp > gpus_per_node:
-        yield _problem(
+        yield problem_at(
             "rollout.tensor_parallel_size",
             f"is {tp}, but a node has cluster.gpus_per_node = {gpus_per_node}; an engine stays on one node",
         )
     for key, count in (("rollout.num_gpus", num_gpus), ("learner.num_gpus", config.learner.num_gpus)):
         if count > 1 and count != int(count):
-            yield _problem(key, f"is {count:g}; Ray gives a share of one GPU, or whole GPUs")
+            yield problem_at(key, f"is {count:g}; Ray gives a share of one GPU, or whole GPUs")
     if config.learner.num_gpus > 1:
-        yield _problem(
+        yield problem_at(
             "learner.num_gpus",
             f"is {config.learner.num_gpus:g}, but a rank uses one GPU; raise learner.num_ranks instead",
         )
@@ -272,41 +276,42 @@ def _check_weight_transfer(config: RunConfig) -> Iterator[Problem]:
     key, transport = "rollout.weight_transfer", config.weight_transfer
     rollout_gpus, learner_gpus = config.rollout.num_gpus, config.learner.num_gpus
     if (rollout_gpus > 0) != (learner_gpus > 0):
-        yield _problem(
+        yield problem_at(
             "learner.num_gpus" if learner_gpus == 0 else "rollout.num_gpus",
             f"learner.num_gpus is {learner_gpus:g} and rollout.num_gpus is {rollout_gpus:g}: no transport moves "
             "weights between a CPU and a GPU role; give both GPUs, or neither",
         )
         return
     if rollout_gpus == 0 and transport != "gloo":
-        yield _problem(key, f"is {transport}, which needs GPUs, but no role has one; use auto or gloo")
+        yield problem_at(key, f"is {transport}, which needs GPUs, but no role has one; use auto or gloo")
     if rollout_gpus > 0 and transport == "gloo":
-        yield _problem(key, "is gloo, which is for CPUs, but the roles have GPUs; use auto, nccl or ipc")
+        yield problem_at(key, "is gloo, which is for CPUs, but the roles have GPUs; use auto, nccl or ipc")
     is_shared = rollout_gpus > 0 and rollout_gpus + learner_gpus <= 1 + EPSILON
     if rollout_gpus > 0 and transport == "ipc" and not is_shared:
-        yield _problem(
+        yield problem_at(
             key,
             f"is ipc, where learner and rollout share a GPU, but their shares are {learner_gpus:g} + {rollout_gpus:g} "
             "> 1; lower the shares, or set whole GPUs and nccl",
         )
     pairs = max(config.rollout.replicas, config.learner.num_ranks)
     if rollout_gpus > 0 and transport == "ipc" and pairs > 1:
-        yield _problem(
+        yield problem_at(
             key,
             f"is ipc, which needs a learner and a rollout worker side by side on one GPU, but there are "
             f"{config.learner.num_ranks} ranks and {config.rollout.replicas} replicas, which Ray would pair at will; "
             "use whole GPUs and nccl, or one of each",
         )
     if rollout_gpus > 0 and transport == "nccl" and is_shared:
-        yield _problem(
+        yield problem_at(
             key, "is nccl, which refuses two processes on one GPU, but the roles share GPUs; use auto or ipc"
         )
 
 
-def _check_cluster(config: RunConfig) -> Iterator[Problem]:
+def check_placement(config: AnyRunConfig) -> Iterator[Problem]:
+    """Whether the roles find room on the cluster that the settings describe."""
     cluster = config.cluster
     if cluster.address is None and cluster.num_nodes > 1:
-        yield _problem(
+        yield problem_at(
             "cluster.num_nodes",
             f"is {cluster.num_nodes}, but cluster.address is null, which starts Ray on this machine alone; set "
             "cluster.address: auto",
@@ -315,11 +320,11 @@ def _check_cluster(config: RunConfig) -> Iterator[Problem]:
     cpus_each = cluster.cpus_per_node
     for role in roles:
         if role.num_cpus > cpus_each + EPSILON:
-            yield _problem(
+            yield problem_at(
                 "cluster.cpus_per_node", f"is {cpus_each:g}, but one {role.name} worker asks for {role.num_cpus:g} CPUs"
             )
         if role.num_gpus > cluster.gpus_per_node + EPSILON:
-            yield _problem(
+            yield problem_at(
                 "cluster.gpus_per_node",
                 f"is {cluster.gpus_per_node}, but one {role.name} worker asks for {role.num_gpus:g} GPUs",
             )
@@ -329,7 +334,7 @@ def _check_cluster(config: RunConfig) -> Iterator[Problem]:
         if wanted > cluster.num_nodes * each + EPSILON:
             is_short = True
             terms = " + ".join(f"{role.name} {role.replicas} x {getattr(role, f'num_{name}'):g}" for role in roles)
-            yield _problem(
+            yield problem_at(
                 f"cluster.{name}_per_node",
                 f"the roles ask for {wanted:g} {name.upper()[:-1]}s ({terms}), the cluster has {cluster.num_nodes} x "
                 f"{each:g}: {wanted - cluster.num_nodes * each:g} are missing; add nodes, or lower replicas and shares",
@@ -338,12 +343,12 @@ def _check_cluster(config: RunConfig) -> Iterator[Problem]:
         yield from _check_nodes(config)
 
 
-def _check_nodes(config: RunConfig) -> Iterator[Problem]:
+def _check_nodes(config: AnyRunConfig) -> Iterator[Problem]:
     cluster = config.cluster
     for role in place_config(config).unplaced:
         if role.num_gpus > cluster.gpus_per_node + EPSILON or role.num_cpus > cluster.cpus_per_node + EPSILON:
             continue  # named already: the worker fits on no node
-        yield _problem(
+        yield problem_at(
             "cluster.num_nodes",
             f"is {cluster.num_nodes}: the total suffices, but {role.replicas} {role.name} worker(s) of "
             f"{role.num_gpus:g} GPUs and {role.num_cpus:g} CPUs find no node with room for a whole one; add a node, or "
@@ -353,7 +358,7 @@ def _check_nodes(config: RunConfig) -> Iterator[Problem]:
 
 def _check_evaluation(config: RunConfig) -> Iterator[Problem]:
     if config.evaluation.every_steps > 0 and config.data.held_out == 0:
-        yield _problem(
+        yield problem_at(
             "data.held_out",
             f"is 0, but evaluation.every_steps is {config.evaluation.every_steps}; hold prompts out, or set "
             "evaluation.every_steps: 0",
@@ -361,7 +366,7 @@ def _check_evaluation(config: RunConfig) -> Iterator[Problem]:
 
 
 CHECKS = (
-    _check_devices,
+    check_devices,
     _check_sampling,
     _check_engine_gpus,
     _check_weight_transfer,
@@ -370,5 +375,5 @@ CHECKS = (
     _check_kl,
     _check_batch,
     _check_evaluation,
-    _check_cluster,
+    check_placement,
 )

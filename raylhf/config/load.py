@@ -1,26 +1,38 @@
-"""From a YAML file and command-line overrides to a checked RunConfig, and back."""
+"""From a YAML file and command-line overrides to checked settings, and back."""
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from raylhf.config.checks import find_problems
+from raylhf.config.base import Settings
+from raylhf.config.checks import Problem, find_problems
 from raylhf.config.errors import ConfigError
-from raylhf.config.run import RunConfig
-from raylhf.config.schema import Location, describe, dotted, item_of, kind_of, locate, models_of, nearest
+from raylhf.config.reward_model_checks import find_reward_model_problems
+from raylhf.config.run import AnyRunConfig, CommonConfig, RewardModelRunConfig, RunConfig
+from raylhf.config.schema import Location, Path, describe, dotted, item_of, kind_of, locate, models_of, nearest
 from raylhf.config.source import Source, read_source
 
-PATH_KEYS = (("data", "path"), ("model", "path"), ("objective", "critic", "path"))
-"""Settings that may name something on disk beside the config file."""
+Root = TypeVar("Root", bound=Settings)
+
+PATH_KEYS: tuple[Path, ...] = (
+    ("data", "path"),
+    ("data", "held_out_path"),
+    ("model", "path"),
+    ("objective", "critic", "path"),
+)
+"""Settings that may name something on disk beside the config file; the models of a reward graph come to them."""
+
+GRAPH_KEYS = ("path", "paths", "policy", "reference", "token_file")
+"""Such settings of the reward graph's leaves and nodes."""
 
 
 def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override, validate and check a run's settings.
+    """The settings of a policy run: read, overridden, validated, checked.
 
     A relative path of data or a model that exists beside the config file (else in the current folder) becomes
     absolute; anything else is left as it is, a Hugging Face name for instance.
@@ -28,24 +40,40 @@ def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfi
     Raises:
         ConfigError: one line for each problem: where it is written, the key, what is wrong, the remedy.
     """
+    return validated(read_source(path, overrides), FilePath(path), RunConfig, find_problems)
+
+
+def load_any_config(path: str | FilePath, overrides: Sequence[str] = ()) -> AnyRunConfig:
+    """The settings of whichever kind of run the file's `objective.kind` names; as `load_config`."""
     source = read_source(path, overrides)
-    _resolve_paths(source, FilePath(path).resolve().parent)
+    if source.value(("objective", "kind")) == "reward_model":
+        return validated(source, FilePath(path), RewardModelRunConfig, find_reward_model_problems)
+    return validated(source, FilePath(path), RunConfig, find_problems)
+
+
+def validated(source: Source, file: FilePath, root: type[Root], find: Callable[[Root], Sequence[Problem]]) -> Root:
+    """`source` as settings of type `root`, with paths resolved and what `find` says about combinations.
+
+    Raises:
+        ConfigError: as of `load_config`.
+    """
+    _resolve_paths(source, file.resolve().parent)
     config = None
     try:
         # As JSON: a list may stand for a tuple and 1 for 1.0, and nothing else is converted.
-        config = RunConfig.model_validate_json(json.dumps(source.data), strict=True)
+        config = root.model_validate_json(json.dumps(source.data), strict=True)
     except ValidationError as error:
-        source.problems.extend(_explain(error, source))
+        source.problems.extend(_explain(error, source, root))
     else:
-        for problem in find_problems(config):
+        for problem in find(config):
             source.problems.append(f"{source.origin(problem.path)}: {problem}")
     if source.problems or config is None:
         raise ConfigError(source.problems)
     return config
 
 
-def dump_config(config: RunConfig) -> str:
-    """The settings as YAML that `load_config` reads back to an equal RunConfig."""
+def dump_config(config: CommonConfig) -> str:
+    """The settings as YAML that reads back to an equal config."""
     yaml = YAML(typ="rt")
     yaml.default_flow_style = False
     yaml.width = 10_000
@@ -55,7 +83,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _resolve_paths(source: Source, folder: FilePath) -> None:
-    for path in PATH_KEYS:
+    for path in (*PATH_KEYS, *_graph_paths(source.value(("reward", "graph")), ("reward", "graph"))):
         value = source.value(path)
         if not isinstance(value, str) or value == "tiny" or value.startswith("package:"):
             continue
@@ -70,13 +98,27 @@ def _resolve_paths(source: Source, folder: FilePath) -> None:
             )
 
 
-def _explain(error: ValidationError, source: Source) -> list[str]:
+def _graph_paths(node: Any, path: Path) -> Iterator[Path]:
+    """Keys below `path` that may name something on disk; the function leaf's `path` is a Python name."""
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            yield from _graph_paths(item, (*path, i))
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if key in GRAPH_KEYS and node.get("kind") != "function":
+            yield from ((*path, key, i) for i in range(len(value))) if isinstance(value, list) else [(*path, key)]
+        else:
+            yield from _graph_paths(value, (*path, key))
+
+
+def _explain(error: ValidationError, source: Source, root: type[Settings]) -> list[str]:
     """One line for each place: the members of a plain union each complain about one value."""
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and detail["input"]:
             continue  # pydantic counts only the entries without errors, which are told already
-        place = locate(detail["loc"])
+        place = locate(detail["loc"], root)
         is_kind = detail["type"].startswith("union_tag")
         path = (*place.path, "kind") if is_kind else place.path
         if path not in source.unreadable:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from raylhf.config.run import RunConfig
+from raylhf.config.run import AnyRunConfig, RewardModelRunConfig
 
 EPSILON = 1e-6
 """Fractions of a GPU are sums of decimals."""
@@ -68,12 +68,15 @@ class Placement:
     """Roles of workers that found no room; `replicas` counts only those."""
 
 
-def roles_of(config: RunConfig) -> tuple[Role, ...]:
+def roles_of(config: AnyRunConfig) -> tuple[Role, ...]:
     """The roles of a run."""
+    learner = Role("learner", config.learner.num_ranks, config.learner.num_cpus, config.learner.num_gpus)
+    if isinstance(config, RewardModelRunConfig):
+        return (learner,)
     return (
         Role("rollout", config.rollout.replicas, config.rollout.num_cpus, config.rollout.num_gpus),
-        Role("reward", config.reward.replicas, config.reward.num_cpus, 0.0),
-        Role("learner", config.learner.num_ranks, config.learner.num_cpus, config.learner.num_gpus),
+        Role("reward", config.reward.replicas, config.reward.num_cpus, config.reward.num_gpus),
+        learner,
     )
 
 
@@ -88,7 +91,7 @@ def place(roles: Iterable[Role], *, num_nodes: int, cpus_per_node: float, gpus_p
     return Placement(nodes, tuple(unplaced))
 
 
-def place_config(config: RunConfig) -> Placement:
+def place_config(config: AnyRunConfig) -> Placement:
     """The placement of a run on the cluster that its settings describe."""
     cluster = config.cluster
     return place(

@@ -171,7 +171,7 @@ class ProcessReward(ModelLeaf):
 
 
 class EnsembleReward(Leaf):
-    """Several reward models, or one with several heads; a node above it combines the members, else their mean counts."""
+    """Several reward models, or one with several heads; a node above combines the members, else their mean counts."""
 
     kind: Literal["ensemble"]
     paths: tuple[str, ...] = Field(min_length=1)
@@ -227,7 +227,7 @@ class RemoteReward(Leaf):
     attempt_timeout_s: float = Field(default=20.0, gt=0)
     """For one attempt."""
     retries: int = Field(default=3, ge=0)
-    """Further attempts after a connection error, a timeout, 429 or 5xx; the waits between them grow and are jittered."""
+    """Further attempts after a connection error, a timeout, 429 or 5xx; waits between them grow, with jitter."""
     batch_size: int = Field(default=64, ge=1)
     """Responses in one request."""
     max_response_bytes: int = Field(default=4_194_304, ge=1024)

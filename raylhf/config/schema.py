@@ -7,7 +7,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from raylhf.config.base import Settings
-from raylhf.config.run import RunConfig
 
 Path = tuple[str | int, ...]
 """A key's way from the top of the file: names of mappings, positions in lists."""
@@ -53,6 +52,8 @@ def describe(annotation: Any) -> str:
         if items[-1] is Ellipsis:
             return f"a list of {describe(items[0]).removeprefix('a ')}" if not models_of(items[0]) else "a list"
         return f"a list of {len(items)} {describe(items[0]).removeprefix('a ')}s"
+    if get_origin(annotation) is dict:
+        return "a mapping"
     models = models_of(annotation)
     if len(models) > 1:
         return "a mapping with kind: " + " | ".join(str(kind_of(model)) for model in models)
@@ -73,14 +74,14 @@ class Location:
     """The model that the last name of the path was looked up in."""
 
 
-def locate(loc: Iterable[str | int]) -> Location:
-    """The place of a pydantic error location.
+def locate(loc: Iterable[str | int], root: type[Settings]) -> Location:
+    """The place of a pydantic error location in settings of type `root`.
 
     Pydantic puts the tag of a tagged union, and the name of a plain union's member, into the location; neither is a
     key of the file.
     """
     path: Path = ()
-    annotation: Any = RunConfig
+    annotation: Any = root
     owner: type[Settings] | None = None
     models = models_of(annotation)
     for part in loc:

@@ -44,7 +44,7 @@ class Experience:
     end_values: Tensor | None = None
     """Of the critic after each response's last token, [R]; only where cut responses are bootstrapped."""
     token_scores: Tensor | None = None
-    """Dense scores, [R, T]."""
+    """The scores laid out over the responses, [R, T]."""
     advantages: Tensor | None = None
     """[R, T], after `assign_credit`."""
     returns: Tensor | None = None

@@ -48,9 +48,18 @@ def test_score_sits_on_the_last_response_token_and_an_empty_row_gets_nothing():
 
 def test_token_scores_and_their_rewards_to_go_on_worked_numbers():
     token_scores = row(0.6, -0.2, 0.1, 0.0)
-    rewards = shape_rewards(torch.zeros(1), OLD_LOGPROBS, REF_LOGPROBS, FULL, kl_coef=0.05, token_scores=token_scores)
+    scores = torch.tensor([0.5])
+    rewards = shape_rewards(scores, OLD_LOGPROBS, REF_LOGPROBS, FULL, kl_coef=0.05, token_scores=token_scores)
     assert_equals(rewards, row(0.59, -0.205, 0.125, -0.015))
     assert_equals(reward_to_go(rewards, FULL, gamma=1.0), row(0.495, -0.095, 0.11, -0.015))
+
+
+def test_what_token_scores_leave_of_the_score_sits_on_the_last_token():
+    # The last position is no response token; 4 - (2 + 1 + 0.5) is left for the last one that is.
+    token_scores, mask = row(2.0, 1.0, 0.5, 9.0), row(1, 1, 1, 0).bool()
+    zeros = torch.zeros(1, 4)
+    rewards = shape_rewards(torch.tensor([4.0]), zeros, zeros, mask, kl_coef=0.05, token_scores=token_scores)
+    assert_equals(rewards, row(2.0, 1.0, 1.0, 0.0))
 
 
 def test_gae_on_worked_numbers():

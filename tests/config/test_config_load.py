@@ -82,7 +82,7 @@ def test_a_key_like_no_other_gets_the_list_of_keys(tmp_path):
 def test_an_unknown_kind_lists_the_kinds_and_the_nearest(tmp_path):
     text = problems_of(tmp_path, GOOD.replace("kind: length", "kind: lenght"))
     assert "run.yaml:18: reward.graph.parts.1.reward.kind: unknown kind 'lenght'; did you mean 'length'?" in text
-    assert "sentiment, length, format, function, characters, sum" in text
+    assert "The kinds are sentiment, length, " in text and "kl_dro" in text
     assert "is empty" not in text
 
 

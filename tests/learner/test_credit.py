@@ -71,9 +71,9 @@ def test_whitening_is_over_all_tokens_that_count_and_reports_the_state_before():
     assert metrics["critic/value_mean"] == pytest.approx(0.5)
 
 
-def test_dense_scores_add_to_the_sequence_score():
+def test_dense_scores_move_the_score_to_their_tokens():
     token_scores = torch.tensor([[0.1, 0.2, 0.3], [0, 0, 9.0], [0, 0, 0], [5.0, 0, 0]])
     advantages, _, _ = advantages_of({"advantage": "reinforce_pp"}, token_scores=token_scores)
-    torch.testing.assert_close(advantages[0], torch.tensor([0.85 + 0.6, 0.9 + 0.5, 0.95 + 0.3]))
-    torch.testing.assert_close(advantages[1, 0], torch.tensor(2.9))  # the score outside of the mask is dropped
+    torch.testing.assert_close(advantages[0], torch.tensor([0.85, 0.9 - 0.1, 0.95 - 0.3]))
+    torch.testing.assert_close(advantages[1, 0], torch.tensor(2.9))  # what stands outside of the mask moves to the last
     assert (advantages[3] == 0).all()
