@@ -33,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("config", metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
+        if name == "check":
+            text = "also read a reward model's judgements, and print counts, lengths, duplicates and label balance"
+            command.add_argument("--data", action="store_true", help=text)
     text = "print every setting with its type, default and meaning; with CONFIG also the file's value"
     command = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
@@ -48,7 +51,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         if arguments.command == "check":
             from raylhf.cli.check import run_check
 
-            return run_check(arguments.config, arguments.overrides)
+            return run_check(arguments.config, arguments.overrides, with_data=arguments.data)
         if arguments.command == "config":
             from raylhf.cli.explain import run_explain
 

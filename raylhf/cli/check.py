@@ -6,21 +6,39 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from raylhf.config.load import load_config
+from raylhf.cli.tables import new_table, roles_table
+from raylhf.config.errors import ConfigError
+from raylhf.config.load import load_any_config
 from raylhf.config.memory import GIB
 from raylhf.config.objective import AdaptiveKLControl
 from raylhf.config.plan import Plan, resolve_plan
 from raylhf.config.reward import RewardConfig, SumReward
-from raylhf.config.run import RunConfig
+from raylhf.config.run import RewardModelRunConfig, RunConfig
 
 
-def run_check(path: str, overrides: Sequence[str]) -> int:
-    """Print the plan. Problems stop the loading with a ConfigError; a warning about memory does not."""
-    config = load_config(path, overrides)
-    plan = resolve_plan(config)
+def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
+    """Print the plan. Problems stop the loading with a ConfigError; a warning about memory does not.
+
+    `with_data` reads a reward model's judgements as well and tells what is in them.
+    """
+    config = load_any_config(path, overrides)
     console = Console(highlight=False, soft_wrap=True)
+    if isinstance(config, RewardModelRunConfig):
+        from raylhf.cli.check_reward_model import check_reward_model
+
+        check_reward_model(console, config, with_data=with_data)
+    else:
+        if with_data:
+            raise ConfigError([f"{path}: --data reads a reward model's judgements, and this run has prompts alone"])
+        _check_policy(console, config)
+    console.print("\nno problems found", style="green")
+    return 0
+
+
+def _check_policy(console: Console, config: RunConfig) -> None:
+    plan = resolve_plan(config)
     console.print(f"{config.name}: {config.num_steps} steps of {config.model.path}", style="bold", markup=False)
-    for part in (_roles(plan), _batch(plan), _reward(config), _objective(config, plan)):
+    for part in (roles_table(plan.roles), _batch(plan), _reward(config), _objective(config, plan)):
         console.print()
         console.print(part)
     console.print()
@@ -30,33 +48,11 @@ def run_check(path: str, overrides: Sequence[str]) -> int:
         console.print("Memory: unknown (model is not local, and not one whose shape is known by name)")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    console.print("\nno problems found", style="green")
-    return 0
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    return table
-
-
-def _roles(plan: Plan) -> Table:
-    table = _table("Roles", "role", "workers", "CPUs each", "GPUs each", "CPUs", "GPUs")
-    for role in plan.roles:
-        cpus, gpus = role.replicas * role.num_cpus, role.replicas * role.num_gpus
-        table.add_row(
-            role.name, str(role.replicas), f"{role.num_cpus:g}", f"{role.num_gpus:g}", f"{cpus:g}", f"{gpus:g}"
-        )
-    cpus = sum(role.replicas * role.num_cpus for role in plan.roles)
-    gpus = sum(role.replicas * role.num_gpus for role in plan.roles)
-    table.add_row("all", str(sum(role.replicas for role in plan.roles)), "", "", f"{cpus:g}", f"{gpus:g}")
-    return table
 
 
 def _batch(plan: Plan) -> Table:
     batch = plan.batch
-    table = _table("Batch", "quantity", "number")
+    table = new_table("Batch", "quantity", "number")
     rows = {
         "prompts per step": batch.prompts_per_step,
         "responses per step": batch.responses_per_step,
@@ -122,7 +118,7 @@ def _critic(config: RunConfig, plan: Plan) -> str:
 
 
 def _memory(config: RunConfig, plan: Plan) -> Table:
-    table = _table("Memory of one worker in GiB (an estimate)", "role", "GPU", "host")
+    table = new_table("Memory of one worker in GiB (an estimate)", "role", "GPU", "host")
     for estimate in plan.memory:
         device = f"{estimate.device_bytes / GIB:.2f}" if estimate.device else ""
         table.add_row(estimate.role, device, f"{estimate.host_bytes / GIB:.2f}")

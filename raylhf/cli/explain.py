@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raylhf.config.base import Settings
-from raylhf.config.load import load_config
-from raylhf.config.run import RunConfig
+from raylhf.config.load import load_any_config
+from raylhf.config.run import CommonConfig, RewardModelRunConfig, RunConfig
 from raylhf.config.schema import Path, describe, dotted, item_of, kind_of, models_of
 
 WIDE = 400
@@ -29,15 +29,22 @@ class Setting:
     """`required`, a value, or empty where the settings inside have their own."""
     meaning: str
     path: Path | None
-    """The key in a RunConfig; None inside a union, whose member depends on the file."""
+    """The key in the settings; None inside a union, whose member depends on the file."""
 
 
 def run_explain(path: str | None, overrides: Sequence[str]) -> int:
     """Print all settings by section, and the file's value where a file is given."""
-    config = load_config(path, overrides) if path is not None else None
+    config = load_any_config(path, overrides) if path is not None else None
     # Into a pipe or a file, lines are as long as they are: grep must find a key in one piece.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-    for title, meaning, settings in sections():
+    tables = list(sections(type(config) if config else RunConfig))
+    if config is None:
+        tables += [
+            (f"{name} (objective.kind: reward_model)", meaning, settings)
+            for name, meaning, settings in sections(RewardModelRunConfig)
+            if name in ("data", "objective", "evaluation")
+        ]
+    for title, meaning, settings in tables:
         table = Table(title=f"{title}: {meaning}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         columns = ("key", "type", "default", *(["value"] if config else []), "meaning")
         for column in columns:
@@ -51,16 +58,16 @@ def run_explain(path: str | None, overrides: Sequence[str]) -> int:
     return 0
 
 
-def sections() -> Iterator[tuple[str, str, list[Setting]]]:
+def sections(root: type[CommonConfig]) -> Iterator[tuple[str, str, list[Setting]]]:
     """(name, meaning, settings) of each section; the first one holds the keys outside of sections."""
-    top = {name: field for name, field in RunConfig.model_fields.items() if not models_of(field.annotation)}
-    yield "run", "The whole run", [_setting((name,), field, RunConfig) for name, field in top.items()]
-    for name, field in RunConfig.model_fields.items():
+    top = {name: field for name, field in root.model_fields.items() if not models_of(field.annotation)}
+    yield "run", "The whole run", [_setting((name,), field, root) for name, field in top.items()]
+    for name, field in root.model_fields.items():
         for model in models_of(field.annotation):
             yield name, (field.description or "").rstrip("."), list(_settings((name,), model, frozenset()))
 
 
-def _settings(path: Path, model: type[Settings], above: frozenset[type], *, label: str = "") -> Iterator[Setting]:
+def _settings(path: Path, model: type[Settings], above: frozenset[type]) -> Iterator[Setting]:
     """The settings of a model and, below them, of the models inside it; one that contains itself is told once."""
     for name, field in model.model_fields.items():
         here = (*path, name)
@@ -110,7 +117,7 @@ def _show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _value(config: RunConfig, setting: Setting) -> str:
+def _value(config: CommonConfig, setting: Setting) -> str:
     """The value of a plain key; empty where settings lie below it or where the key's model is not in use."""
     if setting.path is None:
         return ""

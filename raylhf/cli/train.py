@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from raylhf.config.load import load_config
+from raylhf.config.load import load_any_config
 
 
 def run_train(path: str, overrides: Sequence[str]) -> int:
@@ -11,7 +11,7 @@ def run_train(path: str, overrides: Sequence[str]) -> int:
 
     A ValueError is the user's mistake (a missing file, a malformed row): its sentence is the whole message.
     """
-    config = load_config(path, overrides)
+    config = load_any_config(path, overrides)
     from raylhf.driver.train import train
 
     try:

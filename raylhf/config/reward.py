@@ -1,5 +1,6 @@
 """The reward graph: leaves score responses, nodes combine scores."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -254,6 +255,16 @@ for _model in (
     _model.model_rebuild()
 
 
+def nodes_of(node: LeafConfig | NodeConfig) -> Iterator[LeafConfig | NodeConfig]:
+    """The node and everything below it, top down."""
+    yield node
+    for part in getattr(node, "parts", ()):
+        yield from nodes_of(part.reward)
+    for name in ("reward", "rule"):
+        if (child := getattr(node, name, None)) is not None:
+            yield from nodes_of(child)
+
+
 class RewardPlaneConfig(Settings):
     graph: RewardConfig
     """The reward: one leaf, or a node over several."""
@@ -273,3 +284,12 @@ class RewardPlaneConfig(Settings):
     """Subtracted from the score of a response that ran into max_response_tokens."""
     clip: float | None = Field(default=None, gt=0)
     """Clip scores (after the penalty) to [-clip, clip]; null leaves them."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether scores depend on statistics of earlier responses, which all reward workers must share."""
+        return any(
+            isinstance(node, WhitenReward | AdaptiveReward)
+            or (isinstance(node, CalibrateReward) and node.source == "reference")
+            for node in nodes_of(self.graph)
+        )

@@ -1,7 +1,8 @@
 """Sampling and scoring: prompts stream through rollout and reward workers without a barrier between them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ class ScoredGroup:
     """Reference to RewardOutput."""
     rollout_summary: dict[str, Any]
     reward_summary: dict[str, Any]
+    num_resamples: int = 0
+    """How often the group was sampled anew because a score failed."""
 
 
 def collect(
@@ -38,33 +41,52 @@ def collect(
 
     A group goes to its reward worker the moment it is sampled: the reward call waits for the rollout's reference in
     Ray, not for the batch. Seeds depend on `seed_key`, the prompt and its place in the batch, not on the workers.
+    A group of which a leaf with `on_failure: resample` failed is sampled anew, `reward.max_resamples` times at most.
     """
-    submitted = []
-    for i, prompt in enumerate(prompts):
-        rollouts, rollout_summary = workers.rollout.submit(
-            i % len(workers.rollout),
-            "generate",
-            prompt,
-            num_responses=num_responses,
-            seed=response_seed(config.seed, *seed_key, i, prompt.index),
-            num_returns=2,
-        )
-        rewards, reward_summary = workers.reward.submit(i % len(workers.reward), "score", rollouts, num_returns=2)
-        submitted.append((rollouts, rewards, rollout_summary, reward_summary))
-    summaries = {}
-    for i, (prompt, (_, _, rollout_summary, reward_summary)) in enumerate(zip(prompts, submitted, strict=True)):
+    groups: dict[int, ScoredGroup] = {}
+    wanted = list(range(len(prompts)))
+    for attempt in range(config.reward.max_resamples + 1):
+        submitted: dict[int, tuple[Any, ...]] = {}
+        for i in wanted:
+            key = (*seed_key, i, prompts[i].index, *([attempt] if attempt else []))
+            rollouts, rollout_summary = workers.rollout.submit(
+                i % len(workers.rollout),
+                "generate",
+                prompts[i],
+                num_responses=num_responses,
+                seed=response_seed(config.seed, *key),
+                num_returns=2,
+            )
+            rewards, reward_summary = workers.reward.submit(i % len(workers.reward), "score", rollouts, num_returns=2)
+            submitted[i] = (rollouts, rewards, rollout_summary, reward_summary)
+        summaries = _wait(config, workers, prompts, submitted, should_stop)
+        for i, (rollouts, rewards, _, _) in submitted.items():
+            groups[i] = ScoredGroup(rollouts, rewards, *summaries[i], num_resamples=attempt)
+        wanted = [i for i in wanted if any(groups[i].reward_summary["resample"])]
+        if not wanted:
+            break
+    return [groups[i] for i in range(len(prompts))]
+
+
+def _wait(
+    config: RunConfig,
+    workers: Workers,
+    prompts: Sequence[Prompt],
+    submitted: Mapping[int, tuple[Any, ...]],
+    should_stop: Callable[[], bool],
+) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+    """The rollout and reward summaries of each place of the batch, when all are there."""
+    references = {}
+    for i, (_, _, rollout_summary, reward_summary) in submitted.items():
         sampler = workers.rollout.name(i % len(workers.rollout))
         scorer = workers.reward.name(i % len(workers.reward))
         # By place: a batch that crosses the end of an epoch may hold a prompt twice.
-        summaries[f"{sampler} (place {i}, prompt {prompt.index})"] = rollout_summary
-        summaries[f"{scorer} (place {i}, prompt {prompt.index})"] = reward_summary
+        references[f"{sampler} (place {i}, prompt {prompts[i].index})"] = rollout_summary
+        references[f"{scorer} (place {i}, prompt {prompts[i].index})"] = reward_summary
     values = gather(
-        summaries, phase="rollout and reward", timeout_s=config.cluster.step_timeout_s, should_stop=should_stop
+        references, phase="rollout and reward", timeout_s=config.cluster.step_timeout_s, should_stop=should_stop
     )
-    return [
-        ScoredGroup(rollouts, rewards, rollout_summary=values[2 * i], reward_summary=values[2 * i + 1])
-        for i, (rollouts, rewards, _, _) in enumerate(submitted)
-    ]
+    return {i: (values[2 * n], values[2 * n + 1]) for n, i in enumerate(submitted)}
 
 
 def response_seed(*key: int) -> int:
@@ -103,9 +125,7 @@ def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | 
         ),
         f"{area}/invalid_count": float((~valid).sum()),
     }
-    for name in groups[0].reward_summary["parts"]:
-        part = np.concatenate([group.reward_summary["parts"][name] for group in groups])
-        metrics[f"{area}/part/{name}_mean"] = float(part[valid].mean())
+    metrics |= _part_metrics(groups, valid, area)
     prefix = "eval" if area == "eval" else "rollout"
     metrics |= {f"{prefix}/response_length_mean": float(lengths.mean()), f"{prefix}/truncated_frac": truncated}
     if area == "eval":
@@ -118,8 +138,41 @@ def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | 
         "rollout/num_tokens": float(num_tokens),
     }
     metrics["time/reward_s"] = sum(group.reward_summary["seconds"] for group in groups)
+    metrics["reward/resampled_count"] = float(sum(group.num_resamples > 0 for group in groups))
+    metrics |= _source_metrics(groups)
     if seconds is not None:
         metrics["rollout/tokens_per_s"] = num_tokens / seconds
+    return metrics
+
+
+def _part_metrics(groups: Sequence[ScoredGroup], valid: np.ndarray, area: str) -> dict[str, float]:
+    """Mean and spread of each named part, over the valid responses to which it applies."""
+    metrics = {}
+    for name in groups[0].reward_summary["parts"]:
+        part = np.concatenate([group.reward_summary["parts"][name] for group in groups])
+        applies = part[valid & ~np.isnan(part)]
+        if len(applies):
+            metrics |= {
+                f"{area}/part/{name}_mean": float(applies.mean()),
+                f"{area}/part/{name}_std": float(applies.std()),
+            }
+    return metrics
+
+
+def _source_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """How long each leaf's calls took, and how many responses it failed to score."""
+    calls: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for group in groups:
+        for call in group.reward_summary["sources"]:
+            calls[call["source"]].append(call)
+    metrics = {}
+    for name, own in calls.items():
+        seconds = [call["seconds"] for call in own]
+        metrics |= {
+            f"reward/source/{name}_latency_p50_s": float(np.percentile(seconds, 50)),
+            f"reward/source/{name}_latency_p95_s": float(np.percentile(seconds, 95)),
+            f"reward/source/{name}_failed_count": float(sum(call["num_failed"] for call in own)),
+        }
     return metrics
 
 

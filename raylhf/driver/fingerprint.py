@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raylhf.batch import Prompt
-from raylhf.config import RunConfig
+from raylhf.config.run import CommonConfig
 
 _FREE = (
     "name",
@@ -19,6 +19,9 @@ _FREE = (
     "objective.kl.budget_per_sequence",
     "reward.replicas",
     "reward.num_cpus",
+    "reward.num_gpus",
+    "reward.threads",
+    "reward.batch_tokens",
     "rollout.replicas",
     "rollout.num_cpus",
     "rollout.threads",
@@ -30,12 +33,16 @@ _FREE = (
 """Settings (and sections) that a resumed run may change: none decides what the numbers so far meant."""
 
 
-def fixed_settings(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The settings that must stay, by dotted key, and a digest of the prompts."""
+def fixed_settings(config: CommonConfig, data: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that must stay, by dotted key, and digests of the data by what they are of."""
     settings = dict(_leaves(config.model_dump(mode="json")))
-    fixed = {key: value for key, value in settings.items() if not _is_free(key)}
+    return {key: value for key, value in settings.items() if not _is_free(key)} | dict(data)
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """12 hexadecimal digits that change when a prompt does."""
     texts = json.dumps([[*map(dict, prompt.messages)] for prompt in prompts], sort_keys=True)
-    return fixed | {"the prompts of data.path": hashlib.sha256(texts.encode()).hexdigest()[:12]}
+    return hashlib.sha256(texts.encode()).hexdigest()[:12]
 
 
 def require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, folder: str) -> None:

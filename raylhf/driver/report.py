@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from raylhf.config import RunConfig
+from raylhf.config.run import CommonConfig
 
 _ENDINGS = {
     "complete": "complete",
@@ -17,16 +18,40 @@ _ENDINGS = {
 
 
 def print_report(config: RunConfig, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
-    """Print the first against the last evaluation."""
-    console = Console()
-    console.rule(f"[bold]{config.name}[/bold]: {_ENDINGS[status]}")
+    """Print the first against the last evaluation of a policy."""
+    console = _open(config, status)
     if len(evaluations) >= 2 and evaluations[0]["metrics"]:
         _print_change(console, config, evaluations[0], evaluations[-1])
+    _print_places(console, folder, "Aligned model (Hugging Face folder)")
+
+
+def print_reward_report(config: CommonConfig, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
+    """Print the first against the last evaluation of a reward model."""
+    console = _open(config, status)
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        table = Table(title="Held-out judgements", title_justify="left")
+        for heading in ("", f"step {first['step']}", f"step {last['step']}"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for key, value in last["metrics"].items():
+            label = key.removeprefix("rm_eval/").replace("_", " ")
+            table.add_row(label, f"{first['metrics'].get(key, float('nan')):.4g}", f"{value:.4g}")
+        console.print(table)
+    if (plot := folder / "reliability.png").is_file():
+        console.print(f"Reliability plot: [bold]{escape(str(plot))}[/bold]", soft_wrap=True)
+    _print_places(console, folder, "Reward model (Hugging Face folder)")
+
+
+def _open(config: CommonConfig, status: str) -> Console:
+    console = Console()
+    console.rule(f"[bold]{config.name}[/bold]: {_ENDINGS[status]}")
+    return console
+
+
+def _print_places(console: Console, folder: Path, exported: str) -> None:
     console.print(f"Metrics, samples, checkpoints: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
     if (folder / "export").is_dir():
-        console.print(
-            f"Aligned model (Hugging Face folder): [bold]{escape(str(folder / 'export'))}[/bold]", soft_wrap=True
-        )
+        console.print(f"{exported}: [bold]{escape(str(folder / 'export'))}[/bold]", soft_wrap=True)
 
 
 def _print_change(console: Console, config: RunConfig, first: dict[str, Any], last: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from raylhf.batch import Prompt
 from raylhf.config import RunConfig
+from raylhf.config.run import RewardModelRunConfig
 
 
 def rollout_worker(*args: Any, **kwargs: Any) -> Any:
@@ -28,6 +29,13 @@ def learner_worker(*args: Any, **kwargs: Any) -> Any:
     from raylhf.learner.worker import LearnerWorker
 
     return LearnerWorker(*args, **kwargs)
+
+
+def reward_learner_worker(config: Any, folder: str, num_steps: int, *, rank: int) -> Any:
+    """Build a RewardLearnerWorker."""
+    from raylhf.learner.reward_worker import RewardLearnerWorker
+
+    return RewardLearnerWorker(config, folder, num_steps=num_steps, rank=rank)
 
 
 def weight_sender(backend: str, *, source: Any, rank: int, **settings: Any) -> Any:
@@ -67,3 +75,17 @@ def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
             )
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     return Prepared(folder, critic_folder, [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts])
+
+
+def prepare_reward_model(config: RewardModelRunConfig) -> str:
+    """Make the model that a reward model starts from ready to load; returns its folder (or name)."""
+    from raylhf.models.load import load_model_config, prepare_model
+
+    folder = prepare_model(config.model.path, seed=config.seed)
+    architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
+    context = getattr(architecture, "max_position_embeddings", config.data.max_tokens)
+    if config.data.max_tokens > context:
+        raise ValueError(
+            f"data.max_tokens = {config.data.max_tokens}, but the context of {folder} is {context} tokens; lower it"
+        )
+    return folder

@@ -12,7 +12,14 @@ from raylhf.cluster.actors import ActorGroup, WorkerError, gather, start_group
 from raylhf.cluster.session import preflight
 from raylhf.config import RunConfig
 from raylhf.config.placement import roles_of
-from raylhf.driver.roles import learner_worker, reward_worker, rollout_worker, weight_sender
+from raylhf.config.run import AnyRunConfig, RewardModelRunConfig
+from raylhf.driver.roles import (
+    learner_worker,
+    reward_learner_worker,
+    reward_worker,
+    rollout_worker,
+    weight_sender,
+)
 
 CLOSE_TIMEOUT_S = 30.0
 
@@ -46,11 +53,27 @@ def running_workers(
         _end(workers, children)
 
 
+@contextmanager
+def running_reward_learners(
+    config: RewardModelRunConfig, folder: str, *, num_steps: int, should_stop: Callable[[], bool]
+) -> Iterator[ActorGroup]:
+    """Start the ranks that train a reward model, hand them out when all are ready, and end them after."""
+    preflight(roles_of(config))
+    learners = _create_learners(config, reward_learner_worker, folder, num_steps)
+    try:
+        starts = _start_learners(config, learners, should_stop)
+        gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
+        yield learners
+    finally:
+        try:
+            with suppress(WorkerError, ValueError):  # the failure that led here is the one to report
+                learners.call_all("close", timeout_s=CLOSE_TIMEOUT_S)
+        finally:
+            learners.kill()
+
+
 def _create(config: RunConfig, folder: str, critic_folder: str) -> Workers:
-    learner, rollout = config.learner, config.rollout
-    learner_env = {"OMP_NUM_THREADS": str(learner.threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    if learner.num_gpus == 0:
-        learner_env["DS_ACCELERATOR"] = "cpu"
+    rollout = config.rollout
     return Workers(
         rollout=start_group(
             "rollout",
@@ -64,23 +87,33 @@ def _create(config: RunConfig, folder: str, critic_folder: str) -> Workers:
         reward=start_group(
             "reward",
             reward_worker,
-            [((config.reward,), {}) for _ in range(config.reward.replicas)],
+            [((config.reward, folder), {}) for _ in range(config.reward.replicas)],
             num_cpus=config.reward.num_cpus,
-            num_gpus=0,
-            env={"OMP_NUM_THREADS": "1"},
+            num_gpus=config.reward.num_gpus,
+            env={"OMP_NUM_THREADS": str(config.reward.threads)},
+            is_async=True,
         ),
-        learner=start_group(
-            "learner",
-            learner_worker,
-            [((config, folder, critic_folder), {"rank": rank}) for rank in range(learner.num_ranks)],
-            num_cpus=learner.num_cpus,
-            num_gpus=learner.num_gpus,
-            env=learner_env,
-        ),
+        learner=_create_learners(config, learner_worker, folder, critic_folder),
     )
 
 
-def _start_learners(config: RunConfig, learners: ActorGroup, should_stop: Callable[[], bool]) -> dict[str, Any]:
+def _create_learners(config: AnyRunConfig, build: Callable[..., Any], *args: Any) -> ActorGroup:
+    """The ranks: `build(config, *args, rank=...)` each."""
+    learner = config.learner
+    env = {"OMP_NUM_THREADS": str(learner.threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if learner.num_gpus == 0:
+        env["DS_ACCELERATOR"] = "cpu"
+    return start_group(
+        "learner",
+        build,
+        [((config, *args), {"rank": rank}) for rank in range(learner.num_ranks)],
+        num_cpus=learner.num_cpus,
+        num_gpus=learner.num_gpus,
+        env=env,
+    )
+
+
+def _start_learners(config: AnyRunConfig, learners: ActorGroup, should_stop: Callable[[], bool]) -> dict[str, Any]:
     address = {
         f"{learners.name(0)} (host)": learners.node_ip(0),
         learners.name(0): learners.submit(0, "open_rendezvous"),

@@ -25,6 +25,11 @@ METRICS: dict[str, Metric] = {
     "reward/total_mean": Metric("Mean of score minus KL penalty: what PPO maximises", "reward", "rises"),
     "reward/invalid_count": Metric("Responses whose score failed; they are dropped", "responses", "0"),
     "reward/part/<name>_mean": Metric("Mean score of one named part of the reward graph, before its weight", "reward"),
+    "reward/part/<name>_std": Metric("Standard deviation of that part's scores over responses", "reward", "above 0"),
+    "reward/resampled_count": Metric("Groups sampled anew because a leaf with on_failure: resample failed", "groups"),
+    "reward/source/<name>_latency_p50_s": Metric("Median time of one scoring call of a leaf", "s"),
+    "reward/source/<name>_latency_p95_s": Metric("95th percentile of that time", "s", "below the step's slack"),
+    "reward/source/<name>_failed_count": Metric("Responses that the leaf failed to score", "responses", "0"),
     # rollout: what the engine sampled
     "rollout/response_length_mean": Metric("Mean response length, end token included", "tokens", "steady"),
     "rollout/response_length_p95": Metric("95th percentile of the response length", "tokens", "below the limit"),
@@ -113,6 +118,43 @@ METRICS: dict[str, Metric] = {
     "eval/entropy": Metric("Mean entropy of the policy on the held-out responses", "nats"),
     "eval/invalid_count": Metric("Held-out responses whose score failed", "responses", "0"),
     "eval/part/<name>_mean": Metric("Mean held-out score of one named part of the reward graph", "reward"),
+    "eval/part/<name>_std": Metric("Standard deviation of that part's held-out scores", "reward"),
+    # rm: training a reward model
+    "rm/loss": Metric("Loss of the optimizer step", "loss", "falls"),
+    "rm/accuracy": Metric("Share of the step's pairs in which the chosen response scores higher", "0 to 1", "rises"),
+    "rm/gap_mean": Metric("Mean score of chosen minus rejected", "score", "above 0"),
+    "rm/score_mean": Metric("Mean score of the step's responses (over members or attributes too)", "score"),
+    "rm/score_std": Metric("Standard deviation of those scores", "score", "steady"),
+    "rm/grad_norm": Metric("Norm of the gradient before it is scaled down", "norm", "steady"),
+    "rm/lr": Metric("Learning rate", "rate"),
+    "rm/num_tokens": Metric("Tokens of the step's texts", "tokens"),
+    "rm/tokens_per_s": Metric("Those tokens by the time of the step", "tokens/s"),
+    "rm/truncated_count": Metric("Texts of the step that were longer than data.max_tokens", "texts", "0"),
+    # rm_eval: the reward model on held-out judgements
+    "rm_eval/loss": Metric("Loss on the held-out judgements", "loss", "falls with rm/loss"),
+    "rm_eval/accuracy": Metric("Share of held-out pairs ranked as the raters did; a tie counts half", "0 to 1", "rises"),
+    "rm_eval/accuracy_se": Metric("Its standard error, pairs of one prompt as one cluster", "0 to 1"),
+    "rm_eval/ece": Metric(
+        "Expected calibration error: |accuracy - sigmoid(|gap|)| over bins, weighted", "0 to 1", "below 0.1"
+    ),
+    "rm_eval/length_correlation": Metric(
+        "Spearman correlation of score and length in words, within prompts", "-1 to 1", "as in the data"
+    ),
+    "rm_eval/score_mean": Metric("Mean held-out score", "score"),
+    "rm_eval/score_std": Metric("Standard deviation of the held-out scores", "score"),
+    "rm_eval/pearson": Metric("Pearson correlation with the raters' scores", "-1 to 1", "rises"),
+    "rm_eval/spearman": Metric("Spearman correlation with the raters' scores", "-1 to 1", "rises"),
+    "rm_eval/ranking_spearman": Metric("Spearman correlation with the raters' ranking, mean over prompts", "-1 to 1"),
+    "rm_eval/disagreement_mean": Metric(
+        "Standard deviation over ensemble members (each standardised), mean over responses", "standard deviations"
+    ),
+    "rm_eval/member/<name>_accuracy": Metric("Accuracy of one member of an ensemble", "0 to 1"),
+    "rm_eval/subset/<name>_accuracy": Metric("Accuracy on one subset (data.subset_key)", "0 to 1"),
+    "rm_eval/attribute/<name>_spearman": Metric("Spearman correlation of one attribute", "-1 to 1"),
+    "rm_eval/step_accuracy": Metric("Share of labelled steps judged as the raters did", "0 to 1", "above the majority"),
+    "rm_eval/first_error_f1": Metric(
+        "ProcessBench's F1 of finding the first wrong step, and of finding none (2412.06559)", "0 to 1"
+    ),
     # tracking
     "tracking/wandb_errors": Metric("Calls to Weights & Biases that failed so far; the run goes on", "calls", "0"),
 }
@@ -127,6 +169,8 @@ HISTOGRAMS: dict[str, Metric] = {
 SUMMARY: dict[str, Metric] = {
     "eval/score_first": Metric("Mean score on the held-out prompts before training", "reward"),
     "eval/score_last": Metric("Mean score on the held-out prompts at the last evaluation", "reward", "above the first"),
+    "rm_eval/loss_first": Metric("Held-out loss of a reward model before training", "loss"),
+    "rm_eval/loss_last": Metric("Held-out loss of a reward model at the last evaluation", "loss", "below the first"),
 }
 """Numbers of the whole run, by key: the fields of `summary.json` and of W&B's summary."""
 

@@ -22,6 +22,12 @@ HEADLINES = {
     "kl/coef": "KL coefficient",
     "rollout/response_length_mean": "response length",
     "rollout/tokens_per_s": "tokens/s",
+    "rm/loss": "loss",
+    "rm/accuracy": "accuracy",
+    "rm_eval/loss": "held-out loss",
+    "rm_eval/accuracy": "held-out accuracy",
+    "rm_eval/spearman": "held-out Spearman",
+    "rm/tokens_per_s": "tokens/s",
 }
 """The metrics that the console shows, with their names there."""
 

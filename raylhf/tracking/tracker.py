@@ -7,7 +7,7 @@ from typing import Any, Literal, SupportsFloat
 
 import numpy as np
 
-from raylhf.config.run import RunConfig
+from raylhf.config.run import AnyRunConfig
 from raylhf.tracking.catalogue import QUANTILES, require_histogram, require_metrics
 from raylhf.tracking.console import build_console
 from raylhf.tracking.jsonl import JsonlFile, plain
@@ -21,7 +21,7 @@ class Tracker:
     step that will be logged again: rows from there on are cut off. None starts anew and moves older files aside.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, resume_step: int | None):
+    def __init__(self, config: AnyRunConfig, run_dir: Path, resume_step: int | None, *, num_steps: int):
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._num_samples = {"train": config.tracking.samples_per_step, "held_out": config.evaluation.num_samples}
@@ -41,7 +41,7 @@ class Tracker:
                 is_resumed=resume_step is not None,
             )
         self._console = build_console(
-            config.tracking.console, title=config.name, num_steps=config.num_steps, history=self._metrics.kept_rows
+            config.tracking.console, title=config.name, num_steps=num_steps, history=self._metrics.kept_rows
         )
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from raylhf.driver.collect import ScoredGroup, batch_metrics, clustered_standard_error, response_seed, share_among_ranks
 
 
-def group(scores, valid=None, lengths=None, truncated=0, parts=None):
+def group(scores, valid=None, lengths=None, truncated=0, parts=None, seconds=(0.5,)):
     lengths = lengths or [4] * len(scores)
     return ScoredGroup(
         rollouts=SimpleNamespace(),
@@ -20,6 +20,8 @@ def group(scores, valid=None, lengths=None, truncated=0, parts=None):
             "parts": parts or {},
             "errors": ("it broke",) if valid else (),
             "seconds": 0.5,
+            "resample": [False] * len(scores),
+            "sources": [{"source": "quality", "seconds": s, "num_failed": 1} for s in seconds],
         },
     )
 
@@ -33,6 +35,20 @@ def test_invalid_scores_are_counted_and_left_out():
     assert metrics["rollout/num_tokens"] == 16
     assert metrics["rollout/tokens_per_s"] == 4.0
     assert metrics["rollout/response_length_mean"] == 4.0
+
+
+def test_calls_of_a_leaf_become_latencies_and_failures():
+    groups = [group([1.0], seconds=(1.0, 2.0)), group([2.0], seconds=(3.0,))]
+    metrics = batch_metrics(groups, area="reward", seconds=1.0)
+    assert metrics["reward/source/quality_latency_p50_s"] == 2.0
+    assert metrics["reward/source/quality_latency_p95_s"] == pytest.approx(2.9)
+    assert metrics["reward/source/quality_failed_count"] == 3
+
+
+def test_a_part_that_does_not_apply_is_left_out_of_its_mean():
+    groups = [group([1.0, 2.0, 3.0], parts={"a": [1.0, np.nan, 5.0]}), group([2.0], parts={"a": [np.nan]})]
+    metrics = batch_metrics(groups, area="eval")
+    assert (metrics["eval/part/a_mean"], metrics["eval/part/a_std"]) == (3.0, 2.0)
 
 
 def test_a_batch_without_one_valid_score_is_an_error_with_the_reason():

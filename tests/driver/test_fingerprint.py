@@ -2,7 +2,7 @@ import pytest
 
 from raylhf.batch import Prompt
 from raylhf.config import RunConfig
-from raylhf.driver.fingerprint import fixed_settings, require_same_settings
+from raylhf.driver.fingerprint import fixed_settings, prompts_digest, require_same_settings
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": text},)) for i, text in enumerate(("a", "b"))]
 
@@ -16,7 +16,8 @@ def settings(prompts=PROMPTS, **changes):
         "rollout": {"prompts_per_step": 8},
         "reward": {"graph": {"kind": "characters", "characters": "a"}},
     }
-    return fixed_settings(RunConfig.model_validate(raw | changes), prompts)
+    digest = {"the prompts of data.path": prompts_digest(prompts)}
+    return fixed_settings(RunConfig.model_validate(raw | changes), digest)
 
 
 def test_more_steps_another_name_and_more_workers_may_change():

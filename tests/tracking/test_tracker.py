@@ -15,7 +15,7 @@ def rows_of(file):
 
 def tracker_after(config, run_dir, *, steps, resume_step=None):
     """A tracker that logged these steps, one metric and one sample each."""
-    tracker = Tracker(config, run_dir, resume_step)
+    tracker = Tracker(config, run_dir, resume_step, num_steps=4)
     for step in steps:
         tracker.log(step, {"reward/score_mean": step / 4})
         tracker.log_samples(step, [{"prompt": f"p{step}", "response": "r", "score": 1.0}])
@@ -38,7 +38,7 @@ def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path, run_config):
 
 
 def test_everything_of_one_step_is_one_row(tmp_path, run_config):
-    tracker = Tracker(run_config(), tmp_path, None)
+    tracker = Tracker(run_config(), tmp_path, None, num_steps=4)
     tracker.log_histogram(1, "reward/score", [0.0, 1.0, 2.0, math.nan])
     tracker.log(1, {"reward/score_mean": 1.0, "policy/loss": 0.123456})
     tracker.log(1, {"eval/score_mean": 3, "policy/loss": 0.5})
@@ -58,7 +58,7 @@ def test_everything_of_one_step_is_one_row(tmp_path, run_config):
 
 
 def test_what_is_not_finite_is_null_and_an_empty_histogram_is_no_row(tmp_path, run_config):
-    tracker = Tracker(run_config(), tmp_path, None)
+    tracker = Tracker(run_config(), tmp_path, None, num_steps=4)
     tracker.log_histogram(1, "reward/score", [math.nan, math.inf])
     assert rows_of(tmp_path / "metrics.jsonl") == []
     tracker.log(1, {"critic/explained_variance": math.nan, "policy/ratio_max": math.inf})
@@ -68,7 +68,7 @@ def test_what_is_not_finite_is_null_and_an_empty_histogram_is_no_row(tmp_path, r
 
 
 def test_a_key_that_the_catalogue_lacks_is_refused_with_the_nearest_one(tmp_path, run_config):
-    tracker = Tracker(run_config(), tmp_path, None)
+    tracker = Tracker(run_config(), tmp_path, None, num_steps=4)
     with pytest.raises(ValueError, match=r"'policy/clipfrac' is not in .*did you mean 'policy/clip_frac'\?"):
         tracker.log(1, {"policy/clipfrac": 0.1})
     with pytest.raises(ValueError, match=r"'reward/scores' is not in .*did you mean 'reward/score'\?"):
@@ -91,7 +91,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path, run_config):
 
 def test_a_resumed_run_may_add_to_its_last_kept_row(tmp_path, run_config):
     tracker_after(run_config(), tmp_path, steps=[1, 2])
-    Tracker(run_config(), tmp_path, 3).log(2, {"eval/score_mean": 1.0})
+    Tracker(run_config(), tmp_path, 3, num_steps=4).log(2, {"eval/score_mean": 1.0})
     assert rows_of(tmp_path / "metrics.jsonl") == [
         {"step": 1, "reward/score_mean": 0.25},
         {"step": 2, "reward/score_mean": 0.5, "eval/score_mean": 1.0},
@@ -106,7 +106,7 @@ def test_a_line_that_a_kill_tore_is_cut_off_and_a_broken_one_before_it_is_refuse
     assert [row["step"] for row in rows_of(file)] == [1, 3]
     file.write_text("{broken\n" + file.read_text())
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: not JSON"):
-        Tracker(run_config(), tmp_path, 3)
+        Tracker(run_config(), tmp_path, 3, num_steps=4)
 
 
 def test_a_run_that_starts_anew_moves_older_files_aside(tmp_path, run_config):
@@ -117,7 +117,7 @@ def test_a_run_that_starts_anew_moves_older_files_aside(tmp_path, run_config):
 
 
 def test_samples_are_as_many_as_the_settings_ask_for(tmp_path, run_config, capsys):
-    tracker = Tracker(run_config(samples_per_step=2), tmp_path, None)
+    tracker = Tracker(run_config(samples_per_step=2), tmp_path, None, num_steps=4)
     rows = [{"response": f"answer\n{i}", "scores": np.array([0.5, np.nan])} for i in range(5)]
     tracker.log_samples(1, rows)
     assert capsys.readouterr().out == ""
@@ -130,7 +130,7 @@ def test_samples_are_as_many_as_the_settings_ask_for(tmp_path, run_config, capsy
 
 def test_no_secret_of_the_environment_reaches_a_file(tmp_path, run_config, monkeypatch):
     monkeypatch.setenv("MY_API_TOKEN", "hunter2-hunter2")
-    tracker = Tracker(run_config(), tmp_path, None)
+    tracker = Tracker(run_config(), tmp_path, None, num_steps=4)
     tracker.log_samples(1, [{"response": "say hunter2-hunter2", "source": ["https://me:pass@host/x"]}])
     tracker.finish("failed", {"error": "no access with hunter2-hunter2"})
     assert rows_of(tmp_path / "samples.jsonl")[0]["response"] == "say ***"

@@ -45,12 +45,12 @@ def metric_rows(run_dir):
 
 def test_an_offline_run_can_be_read_back_and_a_resumed_one_keeps_its_id(tmp_path, run_config):
     config = run_config(wandb="auto", project="my-project", tags=("a-tag",))
-    tracker = Tracker(config, tmp_path, None)
+    tracker = Tracker(config, tmp_path, None, num_steps=4)
     tracker.log_histogram(1, "reward/score", [0.0, 0.0, 1.0])
     tracker.log(1, {"reward/score_mean": 0.25, "policy/kl_to_ref": 0.5})
     tracker.log_samples(1, [{"response": "Hi", "scores": [1, 2]}, {"response": "Ho", "note": None}])
     tracker.finish("stopped", {"eval/score_mean": 0.75})
-    resumed = Tracker(config, tmp_path, 2)
+    resumed = Tracker(config, tmp_path, 2, num_steps=4)
     resumed.log(2, {"reward/score_mean": 0.5})
     resumed.finish("failed", {})
 
@@ -93,7 +93,7 @@ def test_without_a_network_an_online_run_goes_on_offline_and_its_key_is_in_no_fi
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
     monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 2.0)
-    tracker = Tracker(run_config(wandb="auto"), tmp_path, None)
+    tracker = Tracker(run_config(wandb="auto"), tmp_path, None, num_steps=4)
     tracker.log(1, {"reward/score_mean": 0.25})
     tracker.finish("completed", {})
     sentences = [record.getMessage() for record in caplog.records if record.name == wandb_run.__name__]
@@ -114,7 +114,7 @@ import pathlib, psutil
 from raylhf.config import RunConfig
 from raylhf.tracking import Tracker
 run_dir = pathlib.Path({str(tmp_path)!r})
-tracker = Tracker(RunConfig.model_validate_json({run_config(wandb="offline").model_dump_json()!r}), run_dir, None)
+tracker = Tracker(RunConfig.model_validate_json({run_config(wandb="offline").model_dump_json()!r}), run_dir, None, num_steps=4)
 tracker.log(1, {{"reward/score_mean": 0.25}})
 children = psutil.Process().children(recursive=True)
 for child in children:

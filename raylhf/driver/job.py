@@ -1,0 +1,53 @@
+"""What `train` asks of each kind of run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from raylhf.tracking import Tracker
+
+Checkpoint = tuple[Path, dict[str, Any]]
+"""A checkpoint's folder and the driver's state in it."""
+
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    # Threads that spin while they wait stall each other where cores are shared, as on a laptop: ten times slower, seen.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Of every worker process."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a running job works with."""
+
+    folder: Path
+    tracker: Tracker
+    fingerprint: dict[str, Any]
+    """The settings that a resumed run must share."""
+    should_stop: Callable[[], bool]
+    evaluations: list[dict[str, Any]]
+    """Held-out evaluations so far, oldest first: {step, metrics, samples, ...}."""
+
+
+class Job(Protocol):
+    """One kind of run."""
+
+    num_steps: int
+    """Steps of the whole run."""
+    fingerprint: dict[str, Any]
+    """Settings and data that decide what the numbers mean."""
+
+    def run(self, context: RunContext, checkpoint: Checkpoint | None) -> str:
+        """Start Ray and workers, train, export; returns how it ended: `complete`, `stopped`, `over KL budget`."""
+        ...
+
+    def summary(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Numbers of the whole run, for the tracker's summary."""
+        ...
+
+    def report(self, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
+        """Print what the run came to."""
+        ...

@@ -1,0 +1,148 @@
+"""A run that trains a reward model: learners alone, fed with judgements that every rank reads for itself."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raylhf.cluster.actors import ActorGroup
+from raylhf.cluster.session import ray_session, run_on_cluster
+from raylhf.config.run import RewardModelRunConfig
+from raylhf.driver.checkpoints import begin_checkpoint, commit_checkpoint
+from raylhf.driver.collect import timed
+from raylhf.driver.fingerprint import fixed_settings
+from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
+from raylhf.driver.report import print_reward_report
+from raylhf.driver.roles import prepare_reward_model
+from raylhf.driver.workers import running_reward_learners
+from raylhf.text.judgements import examples_digest, load_split
+from raylhf.tracking.reliability import reliability_plot
+
+
+class RewardModelJob:
+    """Reads the judgements; trains a reward model on them."""
+
+    def __init__(self, config: RewardModelRunConfig) -> None:
+        self._config = config
+        train, held_out = load_split(config.data, head=config.objective.head, seed=config.seed)
+        digest = examples_digest([*train, *held_out])
+        self.fingerprint = fixed_settings(config, {"the judgements of data.path": digest})
+        epochs = config.objective.num_epochs
+        self.num_steps = config.num_steps or epochs * math.ceil(len(train) / config.objective.batch_size)
+        self._has_held_out = bool(held_out)
+
+    def run(self, context: RunContext, checkpoint: Checkpoint | None) -> str:
+        """Start Ray and the learners, train, export; returns how the training ended."""
+        config, tracker = self._config, context.tracker
+        timeout_s = config.cluster.step_timeout_s
+        with ray_session(config.cluster, env=ENVIRONMENT):
+            tracker.set_phase("preparing the model")
+            start_s = config.cluster.start_timeout_s
+            folder = run_on_cluster(prepare_reward_model, config, timeout_s=start_s, should_stop=context.should_stop)
+            tracker.set_phase("starting learners")
+            with running_reward_learners(
+                config, folder, num_steps=self.num_steps, should_stop=context.should_stop
+            ) as learners:
+                run = RewardRun(config, context, learners, self.num_steps, self._has_held_out)
+                if checkpoint is not None:
+                    run.restore(*checkpoint)
+                status = run.train()
+                if config.checkpoint.export and status == "complete":
+                    tracker.set_phase("export")
+                    learners.call_all("export", str(context.folder / "export"), timeout_s=timeout_s)
+                return status
+
+    def summary(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The held-out loss, first and last."""
+        if not evaluations:
+            return {}
+        first, last = evaluations[0]["metrics"], evaluations[-1]["metrics"]
+        return {"rm_eval/loss_first": first["rm_eval/loss"], "rm_eval/loss_last": last["rm_eval/loss"]}
+
+    def report(self, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
+        """Print the first against the last evaluation."""
+        print_reward_report(self._config, folder, status, evaluations)
+
+
+@dataclass
+class RewardRun:
+    """The loop, and where it stands."""
+
+    config: RewardModelRunConfig
+    context: RunContext
+    learners: ActorGroup
+    num_steps: int
+    has_held_out: bool
+    step: int = 0
+    """Optimizer steps done."""
+    saved_step: int = 0
+    """Step of the newest checkpoint."""
+
+    def train(self) -> str:
+        """Train until the last step; returns why it ended: `complete` or `stopped`."""
+        self.saved_step = self.step
+        if not self.context.evaluations:
+            self.evaluate()
+        status = self._loop()
+        if self.saved_step < self.step:
+            self.save()
+        return status
+
+    def _loop(self) -> str:
+        tracker, config = self.context.tracker, self.config
+        while self.step < self.num_steps:
+            if self.context.should_stop():
+                return "stopped"
+            tracker.set_phase("learn")
+            seconds = timed()
+            metrics = self._call("update", self.step)
+            self.step += 1
+            tracker.log(self.step, {**metrics, "time/step_s": seconds()})
+            if self.step % (config.checkpoint.every_steps or self.num_steps) == 0:
+                self.save()
+            every = config.evaluation.every_steps
+            if every and self.step % every == 0 and self.step < self.num_steps:
+                self.evaluate()
+        last = self.context.evaluations[-1]["step"] if self.context.evaluations else -1
+        if last < self.step:
+            self.evaluate()
+        return "complete"
+
+    def evaluate(self) -> None:
+        """Score the held-out judgements; keep numbers and samples, and draw how far probabilities can be trusted."""
+        if not self.has_held_out:
+            return
+        context = self.context
+        context.tracker.set_phase("evaluation")
+        seconds = timed()
+        result = self._call("evaluate")
+        context.evaluations.append({"step": self.step, "metrics": result["metrics"], "samples": result["samples"]})
+        context.tracker.log(self.step, {**result["metrics"], "time/eval_s": seconds()})
+        context.tracker.log_samples(self.step, result["samples"], name="held_out")
+        if result.get("reliability"):
+            title = f"{self.config.name}, step {self.step}"
+            reliability_plot(result["reliability"], context.folder / "reliability.png", title=title)
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the rest of the run depends on."""
+        context = self.context
+        context.tracker.set_phase("checkpoint")
+        seconds = timed()
+        folder = begin_checkpoint(context.folder, self.step)
+        self._call("save", str(folder))
+        state = {"step": self.step, "evaluations": context.evaluations, "settings": context.fingerprint}
+        commit_checkpoint(folder, step=self.step, state=state, keep=self.config.checkpoint.keep)
+        self.saved_step = self.step
+        context.tracker.log(self.step, {"time/save_s": seconds()})
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.context.tracker.set_phase(f"resuming from {folder.name}")
+        self._call("load", str(folder))
+        self.step = state["step"]
+        self.context.evaluations.extend(state["evaluations"])
+
+    def _call(self, method: str, *args: Any) -> Any:
+        """Call every rank; the answer of rank 0."""
+        return self.learners.call_all(method, *args, timeout_s=self.config.cluster.step_timeout_s)[0]
