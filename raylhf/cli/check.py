@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from raylhf.cli.reward_tree import grow
 from raylhf.cli.tables import new_table, roles_table
 from raylhf.config.errors import ConfigError
 from raylhf.config.load import load_any_config
 from raylhf.config.memory import GIB
 from raylhf.config.objective import AdaptiveKLControl
 from raylhf.config.plan import Plan, resolve_plan
-from raylhf.config.reward import RewardConfig, SumReward
 from raylhf.config.run import RewardModelRunConfig, RunConfig
 
 
@@ -26,7 +26,10 @@ def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
     if isinstance(config, RewardModelRunConfig):
         from raylhf.cli.check_reward_model import check_reward_model
 
-        check_reward_model(console, config, with_data=with_data)
+        try:
+            check_reward_model(console, config, with_data=with_data)
+        except ValueError as error:  # a row that cannot be read: its sentence is the whole message
+            raise ConfigError([str(error)]) from error
     else:
         if with_data:
             raise ConfigError([f"{path}: --data reads a reward model's judgements, and this run has prompts alone"])
@@ -71,23 +74,12 @@ def _batch(plan: Plan) -> Table:
 
 def _reward(config: RunConfig) -> Tree:
     tree = Tree("Reward", style="bold", guide_style="not bold")
-    _grow(tree, config.reward.graph, "")
+    grow(tree, config.reward.graph, "")
     penalty = config.reward.missing_eos_penalty
     tree.add(f"minus {penalty:g} where the response ran into max_response_tokens", style="not bold")
     if config.reward.clip is not None:
         tree.add(f"clipped to [-{config.reward.clip:g}, {config.reward.clip:g}]", style="not bold")
     return tree
-
-
-def _grow(tree: Tree, node: RewardConfig, label: str) -> None:
-    if isinstance(node, SumReward):
-        branch = tree.add(f"{label}sum", style="not bold")
-        for part in node.parts:
-            _grow(branch, part.reward, f"{part.weight:g} x {part.name}: ")
-        return
-    settings = node.model_dump(exclude={"kind"})
-    shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    tree.add(f"{label}{node.kind}" + (f" ({shown})" if shown else ""), style="not bold")
 
 
 def _objective(config: RunConfig, plan: Plan) -> Table:

@@ -6,6 +6,7 @@ from rich.table import Table
 from raylhf.cli.tables import new_table, roles_table
 from raylhf.config.base import Settings
 from raylhf.config.placement import roles_of
+from raylhf.config.reward_model import MultiValueHead
 from raylhf.config.run import RewardModelRunConfig
 
 
@@ -48,9 +49,13 @@ def _with_settings(settings: Settings) -> str:
 
 
 def _data(config: RewardModelRunConfig) -> Table:
-    from raylhf.text.data_report import lines, report_on
+    from raylhf.text.data_report import data_report, lines
+    from raylhf.text.judgements import load_split
 
+    head = config.objective.head
+    split = load_split(config.data, head, seed=config.seed)
+    attributes = head.attributes if isinstance(head, MultiValueHead) else ()
     table = new_table("Data", "quantity", "number")
-    for label, value in lines(report_on(config)):
+    for label, value in lines(data_report(split.train, split.held_out, loaded=split.sources, attributes=attributes)):
         table.add_row(label, value)
     return table

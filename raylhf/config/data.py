@@ -10,6 +10,8 @@ class DataConfig(Settings):
     """JSONL or Parquet file, a folder of them, or the name of a Hugging Face dataset; relative to the config file."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset that has several (`main` of openai/gsm8k)."""
     prompt_key: str = "prompt"
     """Field that holds the prompt: a string, or a list of chat messages ({role, content}); the rest is metadata."""
     system_prompt: str | None = None

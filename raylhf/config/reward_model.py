@@ -8,14 +8,16 @@ from raylhf.config.base import Settings
 
 
 class RewardDataConfig(Settings):
-    """Human (or other) judgements. docs/reward_models.md has the fields of each kind's rows."""
+    """Human (or other) judgements. docs/reward_data.md has the fields of each kind's rows."""
 
     path: str
-    """JSONL or Parquet file, a folder of them, or the name of a Hugging Face dataset; relative to the config file."""
+    """JSONL (or .jsonl.gz) or Parquet file, a folder of them, or a Hugging Face dataset; relative to the config file."""
     kind: Literal["pairs", "rankings", "scores", "attributes", "steps"]
     """What a row holds: a comparison, a ranking, a score, named scores, or a solution in steps with their labels."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset that has several."""
     held_out: float = Field(default=0.1, ge=0)
     """Prompts kept from training, drawn by seed: a share below 1, or a number. All rows of a prompt stay together."""
     held_out_path: str | None = None

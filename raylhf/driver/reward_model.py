@@ -25,12 +25,12 @@ class RewardModelJob:
 
     def __init__(self, config: RewardModelRunConfig) -> None:
         self._config = config
-        train, held_out = load_split(config.data, head=config.objective.head, seed=config.seed)
-        digest = examples_digest([*train, *held_out])
+        split = load_split(config.data, config.objective.head, seed=config.seed)
+        digest = examples_digest([*split.train, *split.held_out])
         self.fingerprint = fixed_settings(config, {"the judgements of data.path": digest})
         epochs = config.objective.num_epochs
-        self.num_steps = config.num_steps or epochs * math.ceil(len(train) / config.objective.batch_size)
-        self._has_held_out = bool(held_out)
+        self.num_steps = config.num_steps or epochs * math.ceil(len(split.train) / config.objective.batch_size)
+        self._has_held_out = bool(split.held_out)
 
     def run(self, context: RunContext, checkpoint: Checkpoint | None) -> str:
         """Start Ray and the learners, train, export; returns how the training ended."""

@@ -14,7 +14,7 @@ ROLES = ("system", "user", "assistant")
 def load_prompts(config: DataConfig) -> list[Prompt]:
     """Every prompt of `data.path`, in its order; `index` is the row's position. A bad row stops the run."""
     prompts = []
-    for where, row in read_rows(config):
+    for where, row in read_rows(config.path, split=config.split, dataset_config=config.dataset_config):
         if config.prompt_key not in row:
             raise ValueError(
                 f"{where}: no field {config.prompt_key!r} (data.prompt_key); the row has {sorted(map(str, row))}"

@@ -1,49 +1,67 @@
 """Rows of JSONL and Parquet files, of folders of them, and of Hugging Face datasets, each with where it stands."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from raylhf.config.data import DataConfig
 
 LocatedRow = tuple[str, dict[str, Any]]
 """Where a row stands (for messages), and the row."""
 
 
-def read_rows(config: DataConfig) -> Iterator[LocatedRow]:
-    """The rows of `data.path`: a file, a folder of files (in the order of their names) or a dataset's name."""
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in READERS)
+def read_rows(
+    path: str, *, split: str, dataset_config: str | None = None, key: str = "data.path"
+) -> Iterator[LocatedRow]:
+    """The rows of a file, of a folder of files (in the order of their names) or of a Hugging Face dataset.
+
+    `split` and `dataset_config` are the dataset's; `key` is the setting that holds `path`, for messages.
+    """
+    source = Path(path).expanduser()
+    if source.is_dir():
+        files = sorted(file for file in source.iterdir() if ending(file) in READERS)
         if not files:
-            raise ValueError(f"data.path={config.path!r} is a folder without {' or '.join(READERS)} files")
+            raise ValueError(f"{key}={path!r} is a folder without {' or '.join(READERS)} files")
         for file in files:
-            yield from READERS[file.suffix](file)
-    elif path.is_file():
-        if path.suffix not in READERS:
-            raise ValueError(f"data.path={config.path!r} ends in {path.suffix!r}; known are {', '.join(READERS)}")
-        yield from READERS[path.suffix](path)
-    elif path.suffix in READERS or config.path.startswith(("/", ".", "~")):
-        raise ValueError(f"data.path={config.path!r}: there is no such file or folder")
+            yield from READERS[ending(file)](file)
+    elif source.is_file():
+        if ending(source) not in READERS:
+            raise ValueError(f"{key}={path!r} ends in {ending(source)!r}; known are {', '.join(READERS)}")
+        yield from READERS[ending(source)](source)
+    elif ending(source) in READERS or path.startswith(("/", ".", "~")):
+        raise ValueError(f"{key}={path!r}: there is no such file or folder")
     else:
-        yield from read_hugging_face(config)
+        yield from read_hugging_face(path, split=split, dataset_config=dataset_config, key=key)
+
+
+def ending(path: Path) -> str:
+    """The last suffix of a name, or the last two of a compressed file's."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def read_jsonl(file: Path) -> Iterator[LocatedRow]:
-    """One JSON object a line; blank lines are skipped."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not a JSON object ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt field")
-            yield where, row
+    """One JSON object a line; blank lines are skipped. A name that ends in .gz is unpacked on the way."""
+    open_text = gzip.open if file.suffix == ".gz" else open
+    try:
+        with open_text(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield where, parse_line(line, where=where)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: not a readable gzip file ({error}); fetch it again or compress it anew") from error
+
+
+def parse_line(line: str, *, where: str) -> dict[str, Any]:
+    """The JSON object of one line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a JSON object ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object with named fields")
+    return row
 
 
 def read_parquet(file: Path) -> Iterator[LocatedRow]:
@@ -61,19 +79,20 @@ def read_parquet(file: Path) -> Iterator[LocatedRow]:
         raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
 
 
-def read_hugging_face(config: DataConfig) -> Iterator[LocatedRow]:
-    """The rows of `data.split` of a Hugging Face dataset."""
+def read_hugging_face(name: str, *, split: str, dataset_config: str | None, key: str) -> Iterator[LocatedRow]:
+    """The rows of one split of a Hugging Face dataset."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(config.path, split=config.split)
+        rows = datasets.load_dataset(name, dataset_config, split=split)
     except (OSError, ValueError) as error:  # unreachable or unknown (OSError), no such split or configuration
         raise ValueError(
-            f"data.path={config.path!r} is no local file, and the Hugging Face dataset of that name (data.split="
-            f"{config.split!r}) could not be loaded: {error}. Correct it, or download the set and give its file"
+            f"{key}={name!r} is no local file, and the Hugging Face dataset of that name (data.split={split!r}, "
+            f"data.dataset_config={dataset_config!r}) could not be loaded: {error}. Correct it, or "
+            "download the set and give its file"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield f"{config.path} ({config.split}), row {number}", dict(row)
+        yield f"{name} ({split}), row {number}", dict(row)
 
 
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet, ".jsonl.gz": read_jsonl}
