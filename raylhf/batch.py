@@ -119,20 +119,34 @@ class RewardOutput:
 
     @staticmethod
     def concatenate(outputs: Sequence["RewardOutput"]) -> "RewardOutput":
-        """One record of all rows, in order. The outputs are of one reward, so they have the same columns."""
+        """One record of all rows, in order.
+
+        The outputs are of one reward, so all or none have `token_scores` and `vector`. A part that one of them lacks,
+        because all its scores failed, is NaN there.
+        """
         first = outputs[0]
+        assert len({o.token_scores is None for o in outputs}) == len({o.vector is None for o in outputs}) == 1
+        names = dict.fromkeys(name for o in outputs for name in o.parts)
+        missing = [np.full(len(o.scores), np.nan) for o in outputs]
+        no_row = [np.zeros(len(o.scores), dtype=bool) for o in outputs]
+        asks = any(o.resample is not None for o in outputs)
         return RewardOutput(
             scores=np.concatenate([o.scores for o in outputs]),
             valid=np.concatenate([o.valid for o in outputs]),
-            parts={name: np.concatenate([o.parts[name] for o in outputs]) for name in first.parts},
+            parts={
+                name: np.concatenate([o.parts.get(name, nan) for o, nan in zip(outputs, missing, strict=True)])
+                for name in names
+            },
             token_scores=None if first.token_scores is None else [t for o in outputs for t in o.token_scores or ()],
             vector=None
             if first.vector is None
             else np.concatenate([o.vector for o in outputs if o.vector is not None]),
             vector_names=first.vector_names,
-            resample=None
-            if all(o.resample is None for o in outputs)
-            else np.concatenate([np.zeros(len(o.scores), bool) if o.resample is None else o.resample for o in outputs]),
+            resample=np.concatenate(
+                [no if o.resample is None else o.resample for o, no in zip(outputs, no_row, strict=True)]
+            )
+            if asks
+            else None,
             errors=tuple(e for o in outputs for e in o.errors),
         )
 

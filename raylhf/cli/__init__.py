@@ -9,7 +9,7 @@ OVERRIDES_HELP = "settings changed for this run, for instance rollout.group_size
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or 2 for a mistake in settings, told in plain sentences."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_arguments(argv)
     try:
         return run_command(arguments)
     except KeyboardInterrupt:
@@ -18,6 +18,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         sys.stderr.close()
         return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; KEY=VALUE may also stand after options, where argparse no longer takes it for what it is."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +50,37 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
+    add_reward_commands(commands)
     return parser
+
+
+def add_reward_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The commands that use the reward of a config outside of a run."""
+    reward_file = "YAML file with a reward: section; the file of a policy run is one"
+
+    def add(to: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str) -> argparse.ArgumentParser:
+        command = to.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.add_argument("config", metavar="CONFIG", help=reward_file)
+        command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
+        return command
+
+    add(commands, "serve-reward", "offer the reward of a config over HTTP, until Ctrl-C")
+    score = add(commands, "score", "score every row of a file with the reward of a config")
+    score.add_argument("--input", metavar="FILE", required=True, help="JSONL file of prompts with responses")
+    score.add_argument(
+        "--output", metavar="FILE", help="new JSONL file for the rows with their scores; else they go out"
+    )
+    score.add_argument("--prompt-key", metavar="KEY", default="prompt", help="field of the prompt (default: prompt)")
+    score.add_argument(
+        "--response-key", metavar="KEY", default="response", help="field of the response (default: response)"
+    )
+    text = "how well the reward of a config agrees with raters"
+    reward = commands.add_parser("reward", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    actions = reward.add_subparsers(dest="action", required=True, metavar="ACTION")
+    evaluation = add(actions, "eval", "accuracy of the reward of a config on pairs of responses, by subset")
+    evaluation.add_argument("--input", metavar="FILE", required=True, help="pairs, as a reward model is trained on")
+    evaluation.add_argument("--subset-key", metavar="KEY", help="field whose values are reported apart")
+    evaluation.add_argument("--json", metavar="FILE", help="new JSON file for the numbers")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -56,6 +96,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             from raylhf.cli.explain import run_explain
 
             return run_explain(arguments.config, arguments.overrides)
+        if arguments.command in REWARD_COMMANDS:
+            return REWARD_COMMANDS[arguments.command](arguments)
         from raylhf.cli.train import run_train
 
         return run_train(arguments.config, arguments.overrides)
@@ -63,3 +105,37 @@ def run_command(arguments: argparse.Namespace) -> int:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return 2
+
+
+def serve_reward(arguments: argparse.Namespace) -> int:
+    from raylhf.cli.serve import run_serve_reward
+
+    return run_serve_reward(arguments.config, arguments.overrides)
+
+
+def score(arguments: argparse.Namespace) -> int:
+    from raylhf.cli.score import run_score
+
+    return run_score(
+        arguments.config,
+        arguments.overrides,
+        source=arguments.input,
+        destination=arguments.output,
+        prompt_key=arguments.prompt_key,
+        response_key=arguments.response_key,
+    )
+
+
+def evaluate_reward(arguments: argparse.Namespace) -> int:
+    from raylhf.cli.reward_eval import run_reward_eval
+
+    return run_reward_eval(
+        arguments.config,
+        arguments.overrides,
+        source=arguments.input,
+        subset_key=arguments.subset_key,
+        json_file=arguments.json,
+    )
+
+
+REWARD_COMMANDS = {"serve-reward": serve_reward, "score": score, "reward": evaluate_reward}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from raylhf.config.model import ModelConfig
 from raylhf.config.objective import AdaptiveKLControl, CriticConfig, PPOConfig
 from raylhf.config.placement import EPSILON, place_config, roles_of
-from raylhf.config.reward import FunctionReward, LengthReward, RewardConfig, SumReward
+from raylhf.config.reward_checks import find_reward_problems
 from raylhf.config.run import AnyRunConfig, RunConfig
 from raylhf.config.schema import Path, dotted
 
@@ -59,22 +59,8 @@ def _check_sampling(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_reward(config: RunConfig) -> Iterator[Problem]:
-    yield from _check_reward_node(config.reward.graph, "reward.graph")
-
-
-def _check_reward_node(node: RewardConfig, key: str) -> Iterator[Problem]:
-    if isinstance(node, LengthReward) and node.min_words > node.max_words:
-        yield problem_at(
-            f"{key}.min_words", f"is {node.min_words}, more than max_words = {node.max_words}; no length would fit"
-        )
-    if isinstance(node, FunctionReward) and not all(node.path.partition(":")):
-        yield problem_at(f"{key}.path", f"is {node.path!r}; write package.module:function")
-    if isinstance(node, SumReward):
-        names = [part.name for part in node.parts]
-        for i, part in enumerate(node.parts):
-            if part.name in names[:i]:
-                yield problem_at(f"{key}.parts.{i}.name", f"{part.name!r} names two parts, which are logged by name")
-            yield from _check_reward_node(part.reward, f"{key}.parts.{i}.reward")
+    for key, text in find_reward_problems(config.reward, held_out=config.data.held_out):
+        yield problem_at(key, text)
 
 
 def _check_kl(config: RunConfig) -> Iterator[Problem]:

@@ -255,14 +255,14 @@ for _model in (
     _model.model_rebuild()
 
 
-def nodes_of(node: LeafConfig | NodeConfig) -> Iterator[LeafConfig | NodeConfig]:
-    """The node and everything below it, top down."""
-    yield node
-    for part in getattr(node, "parts", ()):
-        yield from nodes_of(part.reward)
+def walk(node: LeafConfig | NodeConfig, key: str) -> Iterator[tuple[str, LeafConfig | NodeConfig]]:
+    """The node and everything below it, top down, each with its key in the settings."""
+    yield key, node
+    for i, part in enumerate(getattr(node, "parts", ())):
+        yield from walk(part.reward, f"{key}.parts.{i}.reward")
     for name in ("reward", "rule"):
         if (child := getattr(node, name, None)) is not None:
-            yield from nodes_of(child)
+            yield from walk(child, f"{key}.{name}")
 
 
 class RewardPlaneConfig(Settings):
@@ -291,5 +291,5 @@ class RewardPlaneConfig(Settings):
         return any(
             isinstance(node, WhitenReward | AdaptiveReward)
             or (isinstance(node, CalibrateReward) and node.source == "reference")
-            for node in nodes_of(self.graph)
+            for _, node in walk(self.graph, "")
         )

@@ -213,7 +213,7 @@ class ImplicitReward(Leaf):
 
 
 class RemoteReward(Leaf):
-    """Scores over HTTP, from `raylhf serve-reward` or any server that speaks its protocol (docs/rewards.md)."""
+    """Scores over HTTP, from `raylhf serve-reward` or any server that speaks its protocol (docs/reward_protocol.md)."""
 
     kind: Literal["remote"]
     url: str = Field(pattern=r"^https?://")

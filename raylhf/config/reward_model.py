@@ -11,7 +11,7 @@ class RewardDataConfig(Settings):
     """Human (or other) judgements. docs/reward_data.md has the fields of each kind's rows."""
 
     path: str
-    """JSONL (or .jsonl.gz) or Parquet file, a folder of them, or a Hugging Face dataset; relative to the config file."""
+    """JSONL (or .jsonl.gz) or Parquet file, a folder of them, or a Hugging Face dataset; relative to this file."""
     kind: Literal["pairs", "rankings", "scores", "attributes", "steps"]
     """What a row holds: a comparison, a ranking, a score, named scores, or a solution in steps with their labels."""
     split: str = "train"

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 from pydantic import Field
 
 from raylhf.config.base import Settings
-from raylhf.config.checks import Problem, _check_reward_node, problem_at
+from raylhf.config.checks import Problem, problem_at
 from raylhf.config.cluster import ClusterConfig
 from raylhf.config.load import validated
 from raylhf.config.reward import RewardPlaneConfig
+from raylhf.config.reward_checks import find_reward_problems
 from raylhf.config.run import RunConfig
 from raylhf.config.source import Source, read_source
+
+ANY_HELD_OUT = 1
+"""A service has no prompts, so a graph that would take its scale from held-out ones is told of by `notes` instead."""
 
 
 class ServeConfig(Settings):
@@ -56,6 +61,21 @@ class ServiceConfig(Settings):
         """Scorers at most, after null is decided."""
         return self.serve.max_replicas or max(self.reward.replicas, self.serve.min_replicas)
 
+    @property
+    def scoring(self) -> RewardPlaneConfig:
+        """The reward plane where a failed score is only told: no run to stop, and no prompt to sample anew."""
+        return RewardPlaneConfig.model_validate(_without_failure_policies(self.reward.model_dump()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what is other than in a run."""
+        if not self.reward.has_state:
+            return ()
+        return (
+            "the graph has whiten, adaptive or calibrate (source: reference) nodes, whose statistics come from a run's "
+            "responses; here there are none, and these nodes leave scores as they are",
+        )
+
 
 def load_service_config(path: str | FilePath, overrides: Sequence[str] = ()) -> ServiceConfig:
     """The settings of a reward service, from a policy run's file or from one with `reward:` alone.
@@ -72,12 +92,13 @@ def load_service_config(path: str | FilePath, overrides: Sequence[str] = ()) -> 
 
 def find_service_problems(config: ServiceConfig) -> Iterator[Problem]:
     """Settings that are each legal and do not make sense together."""
-    yield from _check_reward_node(config.reward.graph, "reward.graph")
+    for key, text in find_reward_problems(config.reward, held_out=ANY_HELD_OUT):
+        yield problem_at(key, text)
     serve = config.serve
     if config.max_replicas < serve.min_replicas:
         yield problem_at(
             "serve.max_replicas",
-            f"is {serve.max_replicas}, less than serve.min_replicas = {serve.min_replicas}; raise it, or set it to null",
+            f"is {serve.max_replicas}, less than serve.min_replicas = {serve.min_replicas}; raise it, or make it null",
         )
 
 
@@ -91,3 +112,12 @@ def _leave_out_the_run(source: Source) -> None:
             for origin in dict.fromkeys(overridden)
         )
         source.data.pop(name, None)
+
+
+def _without_failure_policies(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {
+            key: "drop" if key == "on_failure" and isinstance(value, str) else _without_failure_policies(value)
+            for key, value in node.items()
+        }
+    return [_without_failure_policies(item) for item in node] if isinstance(node, list | tuple) else node

@@ -148,8 +148,9 @@ def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | 
 def _part_metrics(groups: Sequence[ScoredGroup], valid: np.ndarray, area: str) -> dict[str, float]:
     """Mean and spread of each named part, over the valid responses to which it applies."""
     metrics = {}
-    for name in groups[0].reward_summary["parts"]:
-        part = np.concatenate([group.reward_summary["parts"][name] for group in groups])
+    for name in dict.fromkeys(name for group in groups for name in group.reward_summary["parts"]):
+        columns = [(g.reward_summary["parts"].get(name), len(g.reward_summary["scores"])) for g in groups]
+        part = np.concatenate([np.full(n, np.nan) if column is None else column for column, n in columns])
         applies = part[valid & ~np.isnan(part)]
         if len(applies):
             metrics |= {

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -124,6 +125,15 @@ def optimizer_step(
     if norm is None:
         norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest peak over ranks (collective): device memory on a GPU, resident memory now on a CPU."""
+    is_gpu = device.type == "cuda"
+    used = torch.cuda.max_memory_allocated() if is_gpu else psutil.Process().memory_info().rss
+    peak = torch.tensor(used / 2**30, dtype=torch.float64, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return peak.item()
 
 
 def restart_adam(engine: deepspeed.DeepSpeedEngine, *, group: int) -> None:

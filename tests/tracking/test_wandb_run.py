@@ -114,7 +114,8 @@ import pathlib, psutil
 from raylhf.config import RunConfig
 from raylhf.tracking import Tracker
 run_dir = pathlib.Path({str(tmp_path)!r})
-tracker = Tracker(RunConfig.model_validate_json({run_config(wandb="offline").model_dump_json()!r}), run_dir, None, num_steps=4)
+config = RunConfig.model_validate_json({run_config(wandb="offline").model_dump_json()!r})
+tracker = Tracker(config, run_dir, None, num_steps=4)
 tracker.log(1, {{"reward/score_mean": 0.25}})
 children = psutil.Process().children(recursive=True)
 for child in children:

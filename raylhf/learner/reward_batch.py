@@ -1,0 +1,157 @@
+"""Judged examples as tokens, and which of them a step, a rank and a micro-batch holds.
+
+A draw is a pure function of the step, so a resumed run sees the data that it would have seen. The home shape is R rows:
+the responses of the examples at hand, one after the other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from raylhf.batch import RewardExample
+from raylhf.config.run import RewardModelRunConfig
+from raylhf.models.reward_text import encode_judged
+
+
+@dataclass(frozen=True)
+class Row:
+    """One response of an example behind its prompt, as tokens."""
+
+    ids: np.ndarray
+    """Token ids, int64 [L]."""
+    response_mask: np.ndarray
+    """Tokens that hold a part of the response's text, bool [L]: never empty, the last token stands in for no text."""
+    step_tokens: np.ndarray
+    """The token that holds the last character of each step, int64 [n]; -1 where the text was cut before it."""
+    is_truncated: bool
+    """Whether prompt or response were cut to data.max_tokens."""
+
+    @cached_property
+    def key(self) -> bytes:
+        """Equal for equal tokens."""
+        return self.ids.tobytes()
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A judged prompt and its responses as rows."""
+
+    example: RewardExample
+    rows: tuple[Row, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """R rows of whole examples, with what a loss needs to find its scores among them."""
+
+    examples: tuple[EncodedExample, ...]
+    device: torch.device
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows, in the order of the scores."""
+        return tuple(row for encoded in self.examples for row in encoded.rows)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first row of each example."""
+        return np.cumsum([0, *(len(encoded.rows) for encoded in self.examples)]).tolist()[:-1]
+
+    def response_mask(self, width: int) -> Tensor:
+        """Response tokens, bool [R, width]."""
+        mask = np.zeros((len(self.rows), width), dtype=bool)
+        for i, row in enumerate(self.rows):
+            mask[i, : len(row.response_mask)] = row.response_mask
+        return torch.from_numpy(mask).to(self.device)
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: RewardExample, *, max_tokens: int) -> EncodedExample:
+    """Every response of `example` as a row."""
+    rows = []
+    for i, response in enumerate(example.responses):
+        encoded = encode_judged(tokenizer, example.messages, response, max_tokens=max_tokens)
+        response_mask = encoded.in_response.copy()
+        if not response_mask.any():
+            response_mask[-1] = True
+        ends = example.step_ends[i] if example.step_ends else np.zeros(0, dtype=np.int64)
+        rows.append(Row(encoded.ids, response_mask, encoded.tokens_at(ends), encoded.is_truncated))
+    return EncodedExample(example=example, rows=tuple(rows))
+
+
+def pad_rows_of_tokens(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded tokens [R, L] and lengths [R], long; what stands after a row's end is never read."""
+    lengths = [len(row.ids) for row in rows]
+    tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : lengths[i]] = row.ids
+    return torch.from_numpy(tokens).to(device), torch.tensor(lengths, device=device)
+
+
+# --- which examples ---------------------------------------------------------------------------------------------------
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Optimizer steps in which every example is seen once; the last one may be smaller."""
+    return math.ceil(num_examples / batch_size)
+
+
+def num_training_steps(config: RewardModelRunConfig, num_examples: int) -> int:
+    """Optimizer steps of the run over `num_examples` training prompts."""
+    objective = config.objective
+    return config.num_steps or objective.num_epochs * steps_per_epoch(num_examples, objective.batch_size)
+
+
+def draw(step: int, *, num_examples: int, batch_size: int, seed: int) -> list[int]:
+    """Positions of the examples of a step (from 0): epochs in a new order each, no example left out of any."""
+    epoch, place = divmod(step, steps_per_epoch(num_examples, batch_size))
+    order = np.random.default_rng((seed, epoch)).permutation(num_examples)
+    return order[place * batch_size :][:batch_size].tolist()
+
+
+def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Positions for each rank, so that the largest sum of costs is near the least possible; a rank may get none."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for position in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(position)
+        loads[rank] += costs[position]
+    return [sorted(share) for share in shares]
+
+
+def pack_examples(examples: Sequence[EncodedExample], size: int) -> list[tuple[EncodedExample, ...]]:
+    """Whole examples in micro-batches of at most `size` rows, neighbours in length together so that little is padded.
+
+    An example with more rows than that has a micro-batch to itself.
+    """
+    packs: list[list[EncodedExample]] = []
+    room = 0
+    for encoded in sorted(examples, key=lambda e: (e.longest, e.example.index)):
+        if not packs or len(encoded.rows) > room:
+            packs.append([])
+            room = size
+        packs[-1].append(encoded)
+        room -= len(encoded.rows)
+    return [tuple(pack) for pack in packs]
+
+
+def pack_rows(rows: Sequence[Row], size: int) -> list[list[int]]:
+    """Positions of rows in micro-batches of at most `size`, neighbours in length together."""
+    by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+    return [by_length[start : start + size] for start in range(0, len(rows), size)]

@@ -1,0 +1,127 @@
+"""What a reward graph remembers, and how workers share it."""
+
+import json
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from raylhf.rewards.state import Call, RewardState, merge_pending
+
+
+def committed(*batches, **settings):
+    """The moments of one node after these batches."""
+    state = RewardState()
+    moments = state.register("graph", **settings)
+    state.observing = True
+    for batch in batches:
+        state.observe("graph", np.array(batch, dtype=float))
+        state.commit(state.take_pending())
+    return moments
+
+
+def test_the_first_commit_takes_the_batchs_moments_and_later_ones_average():
+    moments = committed([1.0, 3.0], [5.0, 9.0], decay=0.75)
+    # Means 2 and 7, population variances 1 and 4.
+    assert moments.mean == 0.75 * 2 + 0.25 * 7
+    assert moments.variance == 0.75 * 1 + 0.25 * 4
+
+
+def test_a_reference_keeps_the_first_batch_for_ever():
+    moments = committed([1.0, 3.0], [50.0, 90.0], decay=0.0, is_reference=True)
+    assert (moments.mean, moments.std) == (2.0, 1.0)
+
+
+def test_nothing_is_collected_while_nobody_observes():
+    state = RewardState()
+    state.register("graph", decay=0.5)
+    state.observe("graph", np.array([1.0]))
+    assert state.take_pending() == {}
+
+
+def test_an_empty_batch_leaves_the_moments_alone():
+    state = RewardState()
+    moments = state.register("graph", decay=0.5)
+    state.observing = True
+    state.observe("graph", np.array([]))
+    state.commit(state.take_pending())
+    assert state.needs_commit
+    assert (moments.mean, moments.std) == (0.0, 1.0)
+
+
+def test_what_is_collected_is_taken_once():
+    state = RewardState()
+    state.register("graph", decay=0.5)
+    state.observing = True
+    state.observe("graph", np.array([1.0, 3.0]))
+    assert state.take_pending() == {"graph": [2.0, 2.0, 2.0]}
+    assert state.take_pending() == {}
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e9])
+def test_merging_collections_is_collecting_together(offset):
+    values = offset + np.random.default_rng(1).normal(size=30)
+    collected = []
+    for part in (values[:1], values[1:11], values[11:]):
+        state = RewardState()
+        state.register("graph", decay=0.5)
+        state.observing = True
+        for chunk in np.array_split(part, 3):
+            state.observe("graph", chunk)
+        collected.append(state.take_pending())
+    count, mean, squares = merge_pending([*collected, {}])["graph"]
+    assert count == 30
+    assert_allclose(mean, values.mean(), rtol=1e-14)
+    assert_allclose(squares / count, values.var(), rtol=1e-6)
+
+
+def test_a_node_above_another_stateful_one_learns_the_scale_that_it_will_see():
+    state = RewardState()
+    above, below = state.register("graph", decay=0.5), state.register("graph.parts.a.reward", decay=0.5)
+    other = state.register("graph2", decay=0.5)
+    state.observing = True
+    for place in ("graph", "graph.parts.a.reward", "graph2"):
+        state.observe(place, np.array([10.0, 30.0]))
+    state.commit(state.take_pending())
+    assert (above.num_commits, below.num_commits, other.num_commits) == (0, 1, 1)
+    assert state.needs_commit
+    state.observe("graph", np.array([-1.0, 1.0]))
+    state.commit(state.take_pending())
+    assert not state.needs_commit
+    assert (above.mean, above.std) == (0.0, 1.0)
+
+
+def test_a_state_goes_through_json_and_goes_on_where_it_was():
+    state, resumed = RewardState(), RewardState()
+    for each in (state, resumed):
+        each.register("graph", decay=0.5)
+    state.observing = resumed.observing = True
+    state.observe("graph", np.array([1.0, 4.0]))
+    state.commit(state.take_pending())
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert not resumed.needs_commit
+    for each in (state, resumed):
+        each.observe("graph", np.array([7.0]))
+        each.commit(each.take_pending())
+    assert resumed.state_dict() == state.state_dict()
+
+
+def test_the_state_of_another_graph_is_refused_with_the_nodes_that_differ():
+    state = RewardState()
+    state.register("graph.reward", decay=0.5)
+    with pytest.raises(ValueError, match=r"another graph: graph, graph\.reward has running moments"):
+        state.load_state_dict({"graph": {"num_commits": 1, "mean": 0.0, "variance": 1.0}})
+
+
+def test_a_graph_without_memory_needs_no_commit():
+    assert not RewardState().needs_commit
+    assert RewardState().state_dict() == {}
+
+
+def test_calls_that_nobody_takes_do_not_fill_the_memory():
+    state = RewardState()
+    for i in range(10_005):
+        state.record_call(Call(str(i), seconds=0.0, num_responses=1, num_failed=0, score_mean=0.0, score_std=0.0))
+    calls = state.take_calls()
+    assert len(calls) == 10_000
+    assert calls[-1].source == "10004"
