@@ -25,8 +25,8 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The last user turn."""
-        return self.messages[-1]["content"]
+        """The last user turn; empty where there is no prompt."""
+        return self.messages[-1]["content"] if self.messages else ""
 
 
 @dataclass(frozen=True)

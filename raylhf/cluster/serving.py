@@ -4,15 +4,15 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -149,8 +149,12 @@ def reward_application(config: ServiceConfig, digest: bytes) -> serve.Applicatio
 
 
 @contextmanager
-def served_reward(config: ServiceConfig, digest: bytes, *, should_stop: Callable[[], bool]) -> Iterator[None]:
+def served_reward(
+    config: ServiceConfig, digest: bytes, *, env: Mapping[str, str], should_stop: Callable[[], bool]
+) -> Iterator[None]:
     """Serve the reward of `config` to whoever has the token of `digest`; entered when it answers, ended after.
+
+    `env` is the environment of all processes.
 
     Raises:
         ValueError: no node can hold a scorer, or the reward cannot be built.
@@ -158,7 +162,7 @@ def served_reward(config: ServiceConfig, digest: bytes, *, should_stop: Callable
         StopRequestedError: `should_stop` became true before the reward was ready.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with ray_session(config.cluster, env={"TOKENIZERS_PARALLELISM": "false"}):
+    with ray_session(config.cluster, env=env):
         preflight([Role("reward", config.serve.min_replicas, config.reward.num_cpus, config.reward.num_gpus)])
         _require_no_other_serve()
         try:
@@ -173,9 +177,10 @@ def served_reward(config: ServiceConfig, digest: bytes, *, should_stop: Callable
 
 def _end(is_joined: bool) -> None:
     """End the application, requests in work answered first. Ray Serve itself ends with a Ray of our own."""
-    serve.delete(APPLICATION)
-    if is_joined:
-        serve.shutdown()
+    with suppress(RayError, RayServeException):  # where Ray Serve is gone there is nothing to end
+        serve.delete(APPLICATION)
+        if is_joined:
+            serve.shutdown()
 
 
 def watch(*, should_stop: Callable[[], bool]) -> None:
@@ -185,11 +190,7 @@ def watch(*, should_stop: Callable[[], bool]) -> None:
         time.sleep(POLL_S)
         if time.monotonic() - looked_at >= WATCH_EVERY_S:
             looked_at = time.monotonic()
-            try:
-                status = serve.status().applications
-            except (RayError, RayServeException) as error:
-                raise WorkerError(f"Ray Serve is gone: {error}") from error
-            if APPLICATION not in status:
+            if _application() is None:
                 raise WorkerError("Ray Serve has lost the reward: somebody else shut it down")
 
 
@@ -212,18 +213,25 @@ def _start_proxy(settings: ServeConfig) -> None:
     )
 
 
+def _application() -> ApplicationStatusOverview | None:
+    try:
+        return serve.status().applications.get(APPLICATION)
+    except (RayError, RayServeException) as error:
+        raise WorkerError(f"Ray Serve is gone: {error}") from error
+
+
 def _wait_until_ready(timeout_s: float, should_stop: Callable[[], bool]) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         if should_stop():
             raise StopRequestedError("starting the reward")
-        application = serve.status().applications.get(APPLICATION)
+        application = _application()
         if application is not None and application.status == ApplicationStatus.RUNNING:
             return
         messages = [] if application is None else [d.message for d in application.deployments.values()]
         # Ray Serve builds a replica several times before it gives up; a mistake of the user's is not worth the wait.
-        if mistake := re.search(r"^ValueError: (.+)$", "\n".join(messages), flags=re.MULTILINE):
-            raise ValueError(f"the reward cannot be built: {mistake[1]}")
+        if mistakes := re.findall(r"^ValueError: (.+)$", "\n".join(messages), flags=re.MULTILINE):
+            raise ValueError(f"the reward cannot be built: {mistakes[-1]}")
         if application is not None and application.status in (
             ApplicationStatus.DEPLOY_FAILED,
             ApplicationStatus.UNHEALTHY,

@@ -24,6 +24,7 @@ PATH_KEYS: tuple[Path, ...] = (
     ("data", "held_out_path"),
     ("model", "path"),
     ("objective", "critic", "path"),
+    ("serve", "token_file"),
 )
 """Settings that may name something on disk beside the config file; the models of a reward graph come to them."""
 

@@ -18,6 +18,7 @@ from raylhf.text.prompts import PromptOrder
 from raylhf.tracking import Tracker
 
 _TRAIN_SEED, _EVAL_SEED = 0, 1
+MAX_CALIBRATION_PASSES = 3
 MISMATCH_LIMIT = 0.3
 """Mean |learner - engine| log-probability: healthy is below 0.01, stale or foreign weights are beyond this."""
 
@@ -177,13 +178,18 @@ def publish_weights(run: Run) -> dict[str, float]:
 
 def calibrate_rewards(run: Run) -> None:
     """Let stateful rewards see the untrained policy's held-out responses, so that the first step is on their scale."""
-    if run.held_out and run.config.reward.has_state:
-        run.tracker.set_phase("calibrating rewards")
-        _observe_rewards(run, True)
+    if not (run.held_out and run.config.reward.has_state):
+        return
+    run.tracker.set_phase("calibrating rewards")
+    _observe_rewards(run, True)
+    # A node above another stateful one learns its scale in a pass of its own, when the lower one has learnt its.
+    for _ in range(MAX_CALIBRATION_PASSES):
         collect(
             run.config, run.workers, run.held_out, num_responses=1, seed_key=(_EVAL_SEED,), should_stop=run.should_stop
         )
         commit_reward_state(run)
+        if not run.workers.reward.call_all("needs_commit", timeout_s=run.config.cluster.step_timeout_s)[0]:
+            return
 
 
 def commit_reward_state(run: Run) -> None:

@@ -41,9 +41,7 @@ class RewardModelJob:
             start_s = config.cluster.start_timeout_s
             folder = run_on_cluster(prepare_reward_model, config, timeout_s=start_s, should_stop=context.should_stop)
             tracker.set_phase("starting learners")
-            with running_reward_learners(
-                config, folder, num_steps=self.num_steps, should_stop=context.should_stop
-            ) as learners:
+            with running_reward_learners(config, folder, should_stop=context.should_stop) as learners:
                 run = RewardRun(config, context, learners, self.num_steps, self._has_held_out)
                 if checkpoint is not None:
                     run.restore(*checkpoint)

@@ -31,11 +31,11 @@ def learner_worker(*args: Any, **kwargs: Any) -> Any:
     return LearnerWorker(*args, **kwargs)
 
 
-def reward_learner_worker(config: Any, folder: str, num_steps: int, *, rank: int) -> Any:
+def reward_learner_worker(*args: Any, **kwargs: Any) -> Any:
     """Build a RewardLearnerWorker."""
     from raylhf.learner.reward_worker import RewardLearnerWorker
 
-    return RewardLearnerWorker(config, folder, num_steps=num_steps, rank=rank)
+    return RewardLearnerWorker(*args, **kwargs)
 
 
 def weight_sender(backend: str, *, source: Any, rank: int, **settings: Any) -> Any:

@@ -5,6 +5,7 @@ import sys
 from raylhf.cluster.actors import StopRequestedError, WorkerError
 from raylhf.cluster.serving import served_reward, watch
 from raylhf.config.service import ServiceConfig
+from raylhf.driver.job import ENVIRONMENT
 from raylhf.driver.train import EXIT_FAILED, EXIT_OK, stop_on_signal
 from raylhf.rewards.endpoint import token_digest
 
@@ -14,7 +15,7 @@ def serve_reward(config: ServiceConfig, token: str) -> int:
     try:
         with stop_on_signal() as should_stop:
             print("starting Ray Serve and the reward", file=sys.stderr, flush=True)
-            with served_reward(config, token_digest(token), should_stop=should_stop):
+            with served_reward(config, token_digest(token), env=ENVIRONMENT, should_stop=should_stop):
                 print(welcome(config), flush=True)
                 watch(should_stop=should_stop)
                 print("shutting down", file=sys.stderr, flush=True)

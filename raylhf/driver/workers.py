@@ -55,11 +55,11 @@ def running_workers(
 
 @contextmanager
 def running_reward_learners(
-    config: RewardModelRunConfig, folder: str, *, num_steps: int, should_stop: Callable[[], bool]
+    config: RewardModelRunConfig, folder: str, *, should_stop: Callable[[], bool]
 ) -> Iterator[ActorGroup]:
     """Start the ranks that train a reward model, hand them out when all are ready, and end them after."""
     preflight(roles_of(config))
-    learners = _create_learners(config, reward_learner_worker, folder, num_steps)
+    learners = _create_learners(config, reward_learner_worker, folder)
     try:
         starts = _start_learners(config, learners, should_stop)
         gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from raylhf.learner.reward_batch import Row, pad_rows_of_tokens
 from raylhf.models.reward_model import RewardModel
@@ -32,20 +33,18 @@ class RowScorer:
     def __call__(self, rows: Sequence[Row], *, member: int | None = None) -> Tensor:
         """fp32 scores [R, H] or, of a token head, [R, L]. Differentiable unless under no_grad."""
         tokens, lengths = pad_rows_of_tokens(rows, self._device)
-        hidden = self._lower(rows, tokens.shape[1]) if self._keeps_hidden else None
+        hidden = self._lower(rows) if self._keeps_hidden else None
         return self._engine(tokens, lengths, member=member, hidden=hidden)
 
     @torch.no_grad()
-    def _lower(self, rows: Sequence[Row], width: int) -> Tensor:
-        """Hidden states [R, width, D] below the first layer that learns."""
-        missing = list({row.key: row for row in rows if row.key not in self._hidden}.values())
-        if missing:
-            tokens, lengths = pad_rows_of_tokens(missing, self._device)
-            fresh = self._engine.module.lower(tokens, lengths)
-            for i, row in enumerate(missing):
-                self._hidden[row.key] = fresh[i, : len(row.ids)].to("cpu", copy=True)
-        first = self._hidden[rows[0].key]
-        padded = first.new_zeros(len(rows), width, first.shape[-1])
-        for i, row in enumerate(rows):
-            padded[i, : len(row.ids)] = self._hidden[row.key]
-        return padded.to(self._device)
+    def _lower(self, rows: Sequence[Row]) -> Tensor:
+        """Hidden states [R, L, D] below the first layer that learns.
+
+        Each row is computed by itself: in a batch, its last bits would depend on the company that it happened to be in
+        when it was first needed, and a resumed run would not repeat them.
+        """
+        for row in rows:
+            if row.key not in self._hidden:
+                tokens, lengths = pad_rows_of_tokens([row], self._device)
+                self._hidden[row.key] = self._engine.module.lower(tokens, lengths)[0].to("cpu", copy=True)
+        return pad_sequence([self._hidden[row.key] for row in rows], batch_first=True).to(self._device)

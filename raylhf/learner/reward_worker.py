@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from raylhf.batch import RewardExample
 from raylhf.config.reward_model import (
@@ -92,14 +93,7 @@ class RewardLearnerWorker:
         config, learner = self._config, self._config.learner
         torch.set_num_threads(learner.threads)
         torch.manual_seed(config.seed)
-        train, held_out = read_judgements(config)
-        self._tokenizer = load_tokenizer(self._folder, trust_remote_code=config.model.trust_remote_code)
-        max_tokens = config.data.max_tokens
-        self._train = [encode_example(self._tokenizer, example, max_tokens=max_tokens) for example in train]
-        self._held_out = [encode_example(self._tokenizer, example, max_tokens=max_tokens) for example in held_out]
-        loss = config.objective.loss
-        names = self._attributes or ("score",)
-        self._scale = target_scale(train, names, loss) if isinstance(loss, MSELoss) else None
+        digest = self._read()
         join_group(
             self._store,
             host=host,
@@ -109,9 +103,10 @@ class RewardLearnerWorker:
             use_gpu=self._device.type == "cuda",
             timeout_s=max(config.cluster.start_timeout_s, config.cluster.step_timeout_s),
         )
-        _require_same_data(examples_digest([*train, *held_out]))
+        _require_same_data(digest)
         self._engine = build_reward_engine(config, self._folder, self._device)
-        num_tokens = sum(encoded.num_tokens for encoded in (*self._train, *self._held_out))
+        encoded = [*self._train, *self._held_out]
+        num_tokens = sum(example.num_tokens for example in encoded)
         self._score = RowScorer(self._engine, device=self._device, num_tokens=num_tokens, zero_stage=learner.zero_stage)
         num_steps = num_training_steps(config, len(self._train))
         self._updates = RewardUpdate(
@@ -124,13 +119,26 @@ class RewardLearnerWorker:
             num_steps=num_steps,
             device=self._device,
         )
-        rows = [row for encoded in (*self._train, *self._held_out) for row in encoded.rows]
         return {
             "num_steps": num_steps,
             "num_train": len(self._train),
             "num_held_out": len(self._held_out),
-            "num_truncated": sum(row.is_truncated for row in rows),
+            "num_truncated": sum(row.is_truncated for example in encoded for row in example.rows),
         }
+
+    def _read(self) -> str:
+        """Read and encode all judgements; returns their digest."""
+        config = self._config
+        train, held_out = read_judgements(config)
+        self._tokenizer = load_tokenizer(self._folder, trust_remote_code=config.model.trust_remote_code)
+        self._train, self._held_out = (
+            [encode_example(self._tokenizer, example, max_tokens=config.data.max_tokens) for example in examples]
+            for examples in (train, held_out)
+        )
+        loss = config.objective.loss
+        names = self._attributes or ("score",)
+        self._scale = target_scale(train, names, loss) if isinstance(loss, MSELoss) else None
+        return examples_digest([*train, *held_out])
 
     def close(self) -> None:
         """Leave the group."""
@@ -203,7 +211,7 @@ class RewardLearnerWorker:
         if gathered_scores is None:
             return None
         by_position = {position: row for part in gathered_scores for position, row in part.items()}
-        return torch.nn.utils.rnn.pad_sequence([by_position[i] for i in range(len(rows))], batch_first=True)
+        return pad_sequence([by_position[i] for i in range(len(rows))], batch_first=True)
 
     @property
     def _attributes(self) -> tuple[str, ...]:

@@ -51,9 +51,7 @@ def _streamed_ends(tokenizer: Any, ids: Sequence[int], text: str) -> np.ndarray 
         piece = stream.step(tokenizer.backend_tokenizer, i) or ""
         joined, pending = joined + piece, [] if piece else [*pending[-_LONGEST_CHARACTER:], i]
         # A token may hold a whole character and the first bytes of the next one, at which the stream waits.
-        held = (
-            _common_length(tokenizer.decode(pending, skip_special_tokens=True), text[len(joined) :]) if pending else 0
-        )
+        held = _common_length(_decode(tokenizer, pending), text[len(joined) :]) if pending else 0
         ends.append(min(len(joined) + held, len(text)))
     if joined[: len(text)] != text[: len(joined)]:
         return None

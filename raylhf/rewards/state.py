@@ -1,8 +1,8 @@
 """What a reward graph remembers: running moments of its nodes, and the calls of its leaves.
 
-Every worker has a state of its own, and all stay equal: a worker only collects moments of the valid scores that it
-sees, the driver takes what all of them collected, merges it, and has every worker commit the same. Between two commits
-nothing changes, so a score depends neither on the number of workers nor on the order of their calls.
+Every worker has a state of its own, and all stay equal to the bit: a worker only collects the valid scores that it
+sees, the driver takes what all of them collected, sorts it together, and has every worker commit the same. Between two
+commits nothing changes, so a score depends neither on the number of workers nor on the order of their calls.
 """
 
 import math
@@ -17,10 +17,6 @@ MIN_STD = 1e-6
 """A smaller spread is rounding: the scores are constant, and their scale is 1."""
 MAX_CALLS = 10_000
 """Calls that are kept where nobody takes them; then the oldest go."""
-
-Moments = tuple[float, float, float]
-"""Count, mean, and sum of squared deviations from the mean: stable where the mean is large against the spread."""
-NO_MOMENTS: Moments = (0.0, 0.0, 0.0)
 
 
 def scale_of(std: float) -> float:
@@ -49,12 +45,11 @@ class RunningMoments:
         """Whether further batches change nothing."""
         return self.is_reference and self.num_commits > 0
 
-    def fold(self, moments: Moments) -> None:
-        """Take in the moments of one batch over all workers."""
-        count, mean, squares = moments
+    def fold(self, scores: np.ndarray) -> None:
+        """Take in the scores [N] of one batch over all workers, N > 0."""
         share = 1.0 if self.num_commits == 0 else 1.0 - self.decay
-        self.mean += share * (mean - self.mean)
-        self.variance += share * (squares / count - self.variance)
+        self.mean += share * (float(scores.mean()) - self.mean)
+        self.variance += share * (float(scores.var()) - self.variance)
         self.num_commits += 1
 
 
@@ -80,7 +75,7 @@ class RewardState:
         self.observing = False
         """Whether scores are collected for the next commit (the driver switches it on for training batches)."""
         self._moments: dict[str, RunningMoments] = {}
-        self._pending: dict[str, Moments] = {}
+        self._pending: dict[str, list[float]] = {}
         self._calls: deque[Call] = deque(maxlen=MAX_CALLS)
 
     def register(self, place: str, *, decay: float, is_reference: bool = False) -> RunningMoments:
@@ -92,14 +87,12 @@ class RewardState:
     def observe(self, place: str, scores: np.ndarray) -> None:
         """Collect valid scores [N] for the next commit."""
         if self.observing and len(scores) and not self._moments[place].is_frozen:
-            mean = float(scores.mean())
-            moments = (float(len(scores)), mean, float(((scores - mean) ** 2).sum()))
-            self._pending[place] = merge_moments(self._pending.get(place, NO_MOMENTS), moments)
+            self._pending.setdefault(place, []).extend(scores.tolist())
 
     def take_pending(self) -> dict[str, list[float]]:
-        """What was collected since the last call, as plain lists, for `merge_pending`."""
+        """What was collected since the last call, for `merge_pending`."""
         pending, self._pending = self._pending, {}
-        return {place: list(moments) for place, moments in pending.items()}
+        return pending
 
     def commit(self, merged: Mapping[str, Sequence[float]]) -> None:
         """Fold in what all workers collected.
@@ -108,11 +101,11 @@ class RewardState:
         learn the scale that the scores had before.
         """
         first = {place for place in merged if self._moments[place].num_commits == 0}
-        for place, (count, mean, squares) in merged.items():
+        for place, scores in merged.items():
             is_above_a_first = any(below.startswith(f"{place}.") for below in first)
             moments = self._moments[place]
-            if count > 0 and not moments.is_frozen and not (place in first and is_above_a_first):
-                moments.fold((count, mean, squares))
+            if not moments.is_frozen and not (place in first and is_above_a_first):
+                moments.fold(np.array(scores))
 
     @property
     def needs_commit(self) -> bool:
@@ -151,18 +144,9 @@ class RewardState:
 
 
 def merge_pending(collected: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """What several workers collected, as if one had seen all of it."""
-    merged: dict[str, Moments] = {}
+    """What several workers collected, in an order that does not tell who saw what."""
+    merged: dict[str, list[float]] = {}
     for pending in collected:
-        for place, (count, mean, squares) in pending.items():
-            merged[place] = merge_moments(merged.get(place, NO_MOMENTS), (count, mean, squares))
-    return {place: list(moments) for place, moments in merged.items()}
-
-
-def merge_moments(first: Moments, second: Moments) -> Moments:
-    """Moments of two sets of numbers together (Chan, Golub and LeVeque 1979)."""
-    count = first[0] + second[0]
-    if count == 0:
-        return NO_MOMENTS
-    gap, share = second[1] - first[1], second[0] / count
-    return count, first[1] + gap * share, first[2] + second[2] + gap**2 * first[0] * share
+        for place, scores in pending.items():
+            merged.setdefault(place, []).extend(scores)
+    return {place: sorted(scores) for place, scores in merged.items()}

@@ -38,6 +38,7 @@ reward:
       - {name: picky, weight: 2.0, reward: {kind: function, path: "picky:score", on_failure: raise}}
 serve: {port: PORT, max_batch_size: 8, batch_wait_s: 0.2, max_samples_per_request: 20, max_request_bytes: 20000,
         request_timeout_s: 5.0}
+cluster: {cpus_per_node: 1}
 """
 PICKY = """
 import time

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reward_stand_ins import make_reward_config, on_ranks, random_text, tiny_folder, worth, write_rows
+from reward_stand_ins import LETTERS, make_reward_config, on_ranks, random_text, tiny_folder, worth, write_rows
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 NUM_PROMPTS, NUM_STEPS = 150, 60
@@ -68,7 +68,7 @@ def guilty_rows(rng: np.random.Generator) -> tuple[list[dict], list[dict]]:
     """Pairs of which the rejected text holds one guilty letter, and solutions whose wrong steps hold one."""
 
     def text(length: int) -> str:
-        return random_text(rng, length, length)
+        return "".join(rng.choice(list(LETTERS), length))
 
     pairs = [{"prompt": str(i), "chosen": text(10), "rejected": spoiled(rng, text(10))} for i in range(NUM_PROMPTS)]
     solutions = []
@@ -185,13 +185,19 @@ def train_and_export(ranks, runs, folder):
         worker.update(0)
         worker.export(f"{folder}/{name}")
         answers[name] = worker._score_all(worker._held_out), worker.evaluate()
+    answers["diverged"] = diverge(ranks.start(runs["token"]))
+    return answers
+
+
+def diverge(worker) -> str:
+    """What a learner says whose weights are not numbers."""
     with torch.no_grad():
         next(worker._engine.module.parameters()).fill_(float("nan"))
     try:
         worker.update(1)
     except RuntimeError as error:
-        answers["diverged"] = str(error)
-    return answers
+        return str(error)
+    return "nothing"
 
 
 @pytest.fixture(scope="module")
