@@ -1,5 +1,7 @@
 """The whole run."""
 
+import math
+
 from pydantic import Field
 
 from raylhf.config.base import Settings
@@ -108,6 +110,11 @@ class RewardModelRunConfig(CommonConfig):
     """Loss and head."""
     evaluation: RewardEvaluationConfig = RewardEvaluationConfig()
     """Held-out evaluation."""
+
+    def total_steps(self, num_prompts: int) -> int:
+        """Optimizer steps of the run over `num_prompts` training prompts."""
+        per_epoch = math.ceil(num_prompts / self.objective.batch_size)
+        return self.num_steps or self.objective.num_epochs * per_epoch
 
 
 AnyRunConfig = RunConfig | RewardModelRunConfig

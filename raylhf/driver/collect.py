@@ -61,11 +61,23 @@ def collect(
             submitted[i] = (rollouts, rewards, rollout_summary, reward_summary)
         summaries = _wait(config, workers, prompts, submitted, should_stop)
         for i, (rollouts, rewards, _, _) in submitted.items():
-            groups[i] = ScoredGroup(rollouts, rewards, *summaries[i], num_resamples=attempt)
+            rollout_summary, reward_summary = summaries[i]
+            if i in groups:
+                reward_summary = _with_calls_of(groups[i].reward_summary, reward_summary)
+            groups[i] = ScoredGroup(rollouts, rewards, rollout_summary, reward_summary, num_resamples=attempt)
         wanted = [i for i in wanted if any(groups[i].reward_summary["resample"])]
         if not wanted:
             break
     return [groups[i] for i in range(len(prompts))]
+
+
+def _with_calls_of(earlier: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """`summary` with the time and the leaves' calls of an earlier attempt, whose failures count too."""
+    return {
+        **summary,
+        "seconds": earlier["seconds"] + summary["seconds"],
+        "sources": [*earlier["sources"], *summary["sources"]],
+    }
 
 
 def _wait(

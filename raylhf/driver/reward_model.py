@@ -1,6 +1,5 @@
 """A run that trains a reward model: learners alone, fed with judgements that every rank reads for itself."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ class RewardModelJob:
         split = load_split(config.data, config.objective.head, seed=config.seed)
         digest = examples_digest([*split.train, *split.held_out])
         self.fingerprint = fixed_settings(config, {"the judgements of data.path": digest})
-        epochs = config.objective.num_epochs
-        self.num_steps = config.num_steps or epochs * math.ceil(len(split.train) / config.objective.batch_size)
+        self.num_steps = config.total_steps(len(split.train))
         self._has_held_out = bool(split.held_out)
 
     def run(self, context: RunContext, checkpoint: Checkpoint | None) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raylhf.batch import RewardExample
-from raylhf.config.run import RewardModelRunConfig
 from raylhf.models.reward_text import encode_judged
 
 
@@ -106,20 +105,9 @@ def pad_rows_of_tokens(rows: Sequence[Row], device: torch.device) -> tuple[Tenso
 # --- which examples ---------------------------------------------------------------------------------------------------
 
 
-def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Optimizer steps in which every example is seen once; the last one may be smaller."""
-    return math.ceil(num_examples / batch_size)
-
-
-def num_training_steps(config: RewardModelRunConfig, num_examples: int) -> int:
-    """Optimizer steps of the run over `num_examples` training prompts."""
-    objective = config.objective
-    return config.num_steps or objective.num_epochs * steps_per_epoch(num_examples, objective.batch_size)
-
-
 def draw(step: int, *, num_examples: int, batch_size: int, seed: int) -> list[int]:
     """Positions of the examples of a step (from 0): epochs in a new order each, no example left out of any."""
-    epoch, place = divmod(step, steps_per_epoch(num_examples, batch_size))
+    epoch, place = divmod(step, math.ceil(num_examples / batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(num_examples)
     return order[place * batch_size :][:batch_size].tolist()
 

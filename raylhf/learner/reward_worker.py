@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from raylhf.batch import RewardExample
 from raylhf.config.reward_model import (
     EnsembleHead,
     MSELoss,
@@ -38,7 +37,6 @@ from raylhf.learner.reward_batch import (
     RowBatch,
     deal,
     encode_example,
-    num_training_steps,
     pack_rows,
 )
 from raylhf.learner.reward_report import ScoredExample, evaluation_report, reliability_lists
@@ -50,7 +48,7 @@ from raylhf.models.calibration import Calibration, template_hash, tokenizer_hash
 from raylhf.models.load import load_model_config, load_tokenizer
 from raylhf.models.reward import build_reward_model, export_reward_model
 from raylhf.models.reward_model import Aggregate
-from raylhf.text.judgements import examples_digest, load_examples, split_examples
+from raylhf.text.judgements import examples_digest, load_split
 
 LOGISTIC_LOSSES = ("bradley_terry", "plackett_luce", "token_aggregate")
 """Those for which the sigmoid of a gap is a probability."""
@@ -108,7 +106,7 @@ class RewardLearnerWorker:
         encoded = [*self._train, *self._held_out]
         num_tokens = sum(example.num_tokens for example in encoded)
         self._score = RowScorer(self._engine, device=self._device, num_tokens=num_tokens, zero_stage=learner.zero_stage)
-        num_steps = num_training_steps(config, len(self._train))
+        num_steps = config.total_steps(len(self._train))
         self._updates = RewardUpdate(
             config,
             self._engine,
@@ -129,16 +127,16 @@ class RewardLearnerWorker:
     def _read(self) -> str:
         """Read and encode all judgements; returns their digest."""
         config = self._config
-        train, held_out = read_judgements(config)
+        split = load_split(config.data, config.objective.head, seed=config.seed)
         self._tokenizer = load_tokenizer(self._folder, trust_remote_code=config.model.trust_remote_code)
         self._train, self._held_out = (
             [encode_example(self._tokenizer, example, max_tokens=config.data.max_tokens) for example in examples]
-            for examples in (train, held_out)
+            for examples in (split.train, split.held_out)
         )
         loss = config.objective.loss
         names = self._attributes or ("score",)
-        self._scale = target_scale(train, names, loss) if isinstance(loss, MSELoss) else None
-        return examples_digest([*train, *held_out])
+        self._scale = target_scale(split.train, names, loss) if isinstance(loss, MSELoss) else None
+        return examples_digest([*split.train, *split.held_out])
 
     def close(self) -> None:
         """Leave the group."""
@@ -215,7 +213,8 @@ class RewardLearnerWorker:
 
     @property
     def _attributes(self) -> tuple[str, ...]:
-        return attributes_of(self._config)
+        head = self._config.objective.head
+        return head.attributes if isinstance(head, MultiValueHead) else ()
 
     @property
     def _num_members(self) -> int:
@@ -281,27 +280,11 @@ class RewardLearnerWorker:
         )
 
 
-def attributes_of(config: RewardModelRunConfig) -> tuple[str, ...]:
-    """Names of several values; () of one score."""
-    head = config.objective.head
-    return head.attributes if isinstance(head, MultiValueHead) else ()
-
-
 def aggregate_of(loss: RewardLoss) -> Aggregate:
     """How token scores make the score of a response."""
     if isinstance(loss, ProcessLoss):
         return "steps"
     return loss.aggregate if isinstance(loss, TokenAggregateLoss) else "mean"
-
-
-def read_judgements(config: RewardModelRunConfig) -> tuple[list[RewardExample], list[RewardExample]]:
-    """(training, held-out) examples of the run."""
-    attributes = attributes_of(config)
-    judgements = load_examples(config.data, attributes=attributes)
-    if config.data.held_out_path is None:
-        return split_examples(judgements.examples, config.data.held_out, config.seed)
-    held_out = load_examples(config.data, attributes=attributes, path=config.data.held_out_path)
-    return list(judgements.examples), list(held_out.examples)
 
 
 def build_reward_engine(config: RewardModelRunConfig, folder: str, device: torch.device) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -19,7 +18,7 @@ from raylhf.config.objective import AdaptiveKLControl
 from raylhf.interfaces import WeightSender
 from raylhf.learner.checkpoint import load_learner, save_learner
 from raylhf.learner.credit import assign_credit
-from raylhf.learner.engine import join_group, open_store
+from raylhf.learner.engine import join_group, open_store, peak_memory_gib
 from raylhf.learner.metrics import experience_metrics
 from raylhf.learner.microbatch import make_micro_batch, plan_micro_batches, without_empty
 from raylhf.learner.models import LearnerModels, build_models
@@ -114,7 +113,7 @@ class LearnerWorker:
         tokens = self._global(tokens=sum(len(p) for p in rows.prompt_ids) + int(rows.response_lengths.sum()))["tokens"]
         metrics["learn/logprobs_s"] = logprobs_s
         metrics["learn/tokens_per_s"] = tokens / (time.perf_counter() - started)
-        metrics["memory/learner_peak_gib"] = self._peak_memory_gib()
+        metrics["memory/learner_peak_gib"] = peak_memory_gib(self._device)
         return metrics
 
     @torch.no_grad()
@@ -217,14 +216,6 @@ class LearnerWorker:
         totals = Totals(self._device)
         totals.add(**values)
         return totals.reduced()
-
-    def _peak_memory_gib(self) -> float:
-        """The largest peak over ranks: device memory on a GPU, resident memory now on a CPU."""
-        is_gpu = self._device.type == "cuda"
-        used = torch.cuda.max_memory_allocated() if is_gpu else psutil.Process().memory_info().rss
-        totals = Totals(self._device)
-        totals.raise_to(used=used / 2**30)
-        return totals.reduced()["used"]
 
 
 def kl_controller(config: RunConfig) -> KLController:

@@ -11,6 +11,7 @@ from raylhf.config.memory import GIB
 from raylhf.config.plan import resolve_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+POLICY_RUNS = sorted(file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("reward_"))
 GPU = {"model.dtype": "bfloat16", "rollout.num_gpus": 1, "learner.num_gpus": 1, "cluster.gpus_per_node": 8}
 LLAMA = {"model.path": "meta-llama/Llama-3.1-8B-Instruct", "objective.critic.trunk": "shared"}
 PARAMETERS_8B = 8_030_261_248
@@ -161,6 +162,6 @@ def test_a_model_that_is_not_known_gives_no_memory_and_no_warning(build):
     assert plan.critic_parameters is None
 
 
-@pytest.mark.parametrize("file", [f for f in sorted(CONFIGS.glob("*.yaml")) if not f.name.startswith("reward_")], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", POLICY_RUNS, ids=lambda file: file.name)
 def test_every_shipped_config_fits_by_its_own_plan(file):
     assert resolve_plan(load_config(file)).warnings == ()

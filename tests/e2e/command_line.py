@@ -26,7 +26,9 @@ END_S = 120.0
 """Limit from a signal to the end: the learning step in progress is finished, then a checkpoint is written."""
 GRACE_S = 10.0
 POLL_S = 0.2
-CLOCK_METRICS = re.compile(r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|rollout/tokens_per_s")
+CLOCK_METRICS = re.compile(
+    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|reward/source/.*_latency_p\d\d_s"
+)
 """Metrics that depend on the machine and on what else it does."""
 
 
@@ -134,13 +136,16 @@ class CommandLine:
         self, name: str, *overrides: str, config: Path = TINY, environment: Mapping[str, str] | None = None
     ) -> Command:
         """Start `raylhf train` with a plain console; the run's folder is `runs/NAME`."""
+        settings = (f"name={name}", f"output_dir={self.place / 'runs'}", "tracking.console=plain")
+        return self.spawn(name, "train", str(config), *settings, *overrides, environment=environment)
+
+    def spawn(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Command:
+        """Start any `raylhf` command; NAME tells its output from that of others."""
         mark = f"{name}.{len(self.commands)}"
         runs = self.place / "runs"
-        command = [str(Path(sys.executable).with_name("raylhf")), "train", str(config)]
-        command += [f"name={name}", f"output_dir={runs}", "tracking.console=plain", *overrides]
         with (runs / f"{mark}.out").open("w") as out, (runs / f"{mark}.err").open("w") as err:
             process = psutil.Popen(
-                command,
+                [str(Path(sys.executable).with_name("raylhf")), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -157,10 +162,24 @@ class CommandLine:
         command.wait()
         return command
 
+    def call(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Command:
+        """Any `raylhf` command to its end, whatever its exit code."""
+        command = self.spawn(name, *arguments, environment=environment)
+        command.wait()
+        return command
+
 
 def numbers(command: Command) -> list[dict[str, Any]]:
     """The rows of metrics without what the clock decides; equal numbers in JSON are equal bits."""
     return [{key: value for key, value in row.items() if not CLOCK_METRICS.fullmatch(key)} for row in command.rows()]
+
+
+def undocumented(command: Command) -> set[str]:
+    """Keys of the rows of metrics that no line of docs/metrics.md is about."""
+    keys = re.findall(r"^\| `([^`]+)` \|", (REPOSITORY / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    patterns = [re.escape(key).replace("<name>", "[a-z0-9_/]+") for key in keys]
+    known = re.compile(f"step|({'|'.join(patterns)})(_p(05|50|95))?")
+    return {key for row in command.rows() for key in row if not known.fullmatch(key)}
 
 
 def _describe(process: psutil.Process) -> str:

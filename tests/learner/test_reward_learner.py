@@ -222,11 +222,11 @@ def exported(tmp_path_factory):
 def held_out_rows(config):
     """Of the run's held-out responses."""
     from raylhf.learner.reward_batch import encode_example
-    from raylhf.learner.reward_worker import read_judgements
     from raylhf.models.load import load_tokenizer
+    from raylhf.text.judgements import load_split
 
     tokenizer = load_tokenizer(config.model.path)
-    _, held_out = read_judgements(config)
+    held_out = load_split(config.data, config.objective.head, seed=config.seed).held_out
     return [row for e in held_out for row in encode_example(tokenizer, e, max_tokens=config.data.max_tokens).rows]
 
 
