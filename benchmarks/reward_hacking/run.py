@@ -51,7 +51,7 @@ def main() -> None:
             train(arguments.output, node, seed)
             runs.append({"node": node, "seed": seed, **read(arguments.output / run_name(node, seed))})
             (HERE / "results.json").write_text(json.dumps({"table": table(runs), "runs": runs}, indent=1) + "\n")
-    draw(runs, HERE / "hacking.png")
+            draw(runs, HERE / "hacking.png")
     for node, values in table(runs).items():
         print(node, values)
 
@@ -117,6 +117,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

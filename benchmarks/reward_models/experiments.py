@@ -69,8 +69,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ukp_pairs_smollm2": Experiment(
         "ukp_pairs", SMOLLM2, BRADLEY_TERRY, **UKP, lr=1e-4, trainable_layers=4, folds=(0, 1)
     ),
-    "ukp_rankings_minilm_bt": Experiment("ukp_rankings", MINILM, BRADLEY_TERRY, **UKP),
-    "ukp_rankings_minilm_pl": Experiment("ukp_rankings", MINILM, {"kind": "plackett_luce"}, **UKP),
+    "ukp_rankings_minilm_bt": Experiment("ukp_rankings", MINILM, BRADLEY_TERRY, folds=(0, 1), **UKP),
+    "ukp_rankings_minilm_pl": Experiment("ukp_rankings", MINILM, {"kind": "plackett_luce"}, folds=(0, 1), **UKP),
     "ukp_votes_ensemble": Experiment(
         "ukp_votes", MINILM, BRADLEY_TERRY, head={"kind": "ensemble", "members": 5}, folds=(0, 1), **UKP
     ),
@@ -117,9 +117,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         folds=(0,),
     ),
     "process_minilm": Experiment(
-        "process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=384, folds=(0, 1)
+        "process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=384, folds=(0,)
     ),
     "word_sorting_minilm": Experiment(
-        "word_sorting_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512, folds=(0, 1)
+        "word_sorting_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512, folds=(0,)
     ),
 }

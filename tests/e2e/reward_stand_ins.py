@@ -26,8 +26,8 @@ HEADS: dict[str, RewardHead] = {
     "multi_value": MultiValueHead(kind="multi_value", attributes=ATTRIBUTES),
     "ensemble": EnsembleHead(kind="ensemble", members=3),
 }
-MEAN, STD, Q01, Q99 = -99.0, 10.0, -0.2, 0.2
-"""A calibration that shows: outputs around 0 become 9.88 to 9.92."""
+MEAN, STD, Q01, Q99 = -99.0, 10.0, 0.9, 1.0
+"""A calibration that shows: outputs are between 0.8 and 1.1, and become 9.99 to 10."""
 
 
 def write_reward_model(base: str, folder: Path, kind: str) -> str:

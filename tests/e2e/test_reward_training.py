@@ -63,6 +63,7 @@ def test_a_reward_model_gets_better_than_chance_on_held_out_pairs(trained):
     assert not [(row["step"], key) for row in rows for key, value in row.items() if value is None]
     first, last = rows[0], rows[-1]
     assert last["rm_eval/loss"] < first["rm_eval/loss"]
+    assert last["rm_eval/accuracy"] > first["rm_eval/accuracy"]
     assert last["rm_eval/accuracy"] - 2 * last["rm_eval/accuracy_se"] > 0.5
     summary = json.loads((trained.folder / "summary.json").read_text())
     assert (summary["status"], summary["step"]) == ("complete", NUM_STEPS)

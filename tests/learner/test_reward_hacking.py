@@ -63,7 +63,7 @@ def rollouts_of(indexes: np.ndarray, policy: Tensor) -> Rollouts:
         response_ids=[RESPONSES[i] for i in indexes],
         rollout_logprobs=[np.full(LENGTH, policy[i].item() / LENGTH, np.float32) for i in indexes],
         response_texts=[TEXTS[i] for i in indexes],
-        finish_reasons=["length"] * size,
+        finish_reasons=("length",) * size,
         policy_versions=np.zeros(size, dtype=np.int64),
         temperature=1.0,
     )

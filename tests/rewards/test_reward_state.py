@@ -71,8 +71,9 @@ def test_the_moments_are_equal_to_the_bit_however_many_workers_saw_the_scores_in
             for chunk in np.array_split(part, 3):
                 state.observe("graph", chunk)
             collected.append(state.take_pending())
-        moments = state.register("other", decay=0.5)
-        state.commit({"other": merge_pending([*collected, {}])["graph"]})
+        driver = RewardState()
+        moments = driver.register("graph", decay=0.5)
+        driver.commit(merge_pending([*collected, {}]))
         found.add((moments.mean, moments.variance))
     assert len(found) == 1
     ((mean, variance),) = found
