@@ -34,7 +34,8 @@ def debate(topic: str) -> str:
 
 def ukp_prompt(topic: str) -> str:
     question, side = topic.split("_", 1)
-    return f"Argue convincingly. Debate: {question.replace('-', ' ').strip()}. Your side: {side.replace('-', ' ').strip()}."
+    question, side = question.replace("-", " ").strip(), side.replace("-", " ").strip()
+    return f"Argue convincingly. Debate: {question}. Your side: {side}."
 
 
 def ukp_pairs(folder: Path) -> Iterator[tuple[str, Row]]:
@@ -82,7 +83,7 @@ def ukp_votes(folder: Path) -> Iterator[tuple[str, Row]]:
 
 
 def ukp_rankings(folder: Path) -> Iterator[tuple[str, Row]]:
-    """(debate, row): one ranking a topic, most convincing first (PageRank of the comparisons; a lower score is better)."""
+    """(debate, row): one ranking a topic, most convincing first (PageRank of comparisons; lower is better)."""
     by_topic: dict[str, list[Row]] = {}
     for row in read(folder, "b_kway/ukpconvarg1_args_ranked"):
         by_topic.setdefault(row["topic"], []).append(row)

@@ -16,9 +16,9 @@ class Experiment:
     model: str
     loss: dict[str, Any]
     head: dict[str, Any] = field(default_factory=lambda: {"kind": "scalar"})
-    folds: tuple[int, ...] = (0, 1, 2, 3)
+    folds: tuple[int, ...] = (0,)
     """Each is held out once."""
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 8
     lr: float = 5e-5
     max_tokens: int = 128
@@ -62,39 +62,36 @@ class Experiment:
 
 BRADLEY_TERRY = {"kind": "bradley_terry", "center_coef": 0.01}
 # A topic is one batch element with all of its comparisons (about 33 arguments), so a batch of 1 is some 360 pairs.
-UKP: dict[str, Any] = {"batch_size": 1, "epochs": 4}
+UKP: dict[str, Any] = {"batch_size": 1, "epochs": 3}
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "ukp_pairs_minilm": Experiment("ukp_pairs", MINILM, BRADLEY_TERRY, **UKP),
-    "ukp_pairs_smollm2": Experiment(
-        "ukp_pairs", SMOLLM2, BRADLEY_TERRY, **UKP, lr=1e-4, trainable_layers=4, folds=(0, 1)
-    ),
-    "ukp_rankings_minilm_bt": Experiment("ukp_rankings", MINILM, BRADLEY_TERRY, folds=(0, 1), **UKP),
-    "ukp_rankings_minilm_pl": Experiment("ukp_rankings", MINILM, {"kind": "plackett_luce"}, folds=(0, 1), **UKP),
+    "ukp_pairs_minilm": Experiment("ukp_pairs", MINILM, BRADLEY_TERRY, folds=(0, 1), **UKP),
+    "ukp_pairs_smollm2": Experiment("ukp_pairs", SMOLLM2, BRADLEY_TERRY, **UKP, lr=1e-4, trainable_layers=4),
+    "ukp_rankings_minilm_bt": Experiment("ukp_rankings", MINILM, BRADLEY_TERRY, **UKP),
+    "ukp_rankings_minilm_pl": Experiment("ukp_rankings", MINILM, {"kind": "plackett_luce"}, **UKP),
     "ukp_votes_ensemble": Experiment(
-        "ukp_votes", MINILM, BRADLEY_TERRY, head={"kind": "ensemble", "members": 5}, folds=(0, 1), **UKP
+        "ukp_votes", MINILM, BRADLEY_TERRY, head={"kind": "ensemble", "members": 5}, **UKP
     ),
-    "hh_minilm": Experiment("hh_pairs", MINILM, BRADLEY_TERRY, max_tokens=256, batch_size=16, epochs=2, folds=(0, 1)),
+    "hh_minilm": Experiment("hh_pairs", MINILM, BRADLEY_TERRY, max_tokens=256, batch_size=16, max_train=500, epochs=1),
     "movie_minilm": Experiment(
-        "movie_scores", MINILM, {"kind": "mse", "use_rater_std": True}, batch_size=32, max_tokens=64, folds=(0,)
+        "movie_scores", MINILM, {"kind": "mse", "use_rater_std": True}, batch_size=32, max_tokens=64, max_train=2500
     ),
-    "movie_minilm_plain": Experiment("movie_scores", MINILM, {"kind": "mse"}, batch_size=32, max_tokens=64, folds=(0,)),
+    "movie_minilm_plain": Experiment(
+        "movie_scores", MINILM, {"kind": "mse"}, batch_size=32, max_tokens=64, max_train=2500
+    ),
     "movie_smollm2": Experiment(
         "movie_scores",
         SMOLLM2,
         {"kind": "mse", "use_rater_std": True},
         batch_size=32,
         max_tokens=64,
-        folds=(0,),
         max_train=1500,
         lr=1e-4,
         trainable_layers=4,
     ),
-    "summeval_minilm_bt": Experiment(
-        "summeval_rankings", MINILM, BRADLEY_TERRY, batch_size=2, epochs=2, max_tokens=256, folds=(0, 1)
-    ),
+    "summeval_minilm_bt": Experiment("summeval_rankings", MINILM, BRADLEY_TERRY, batch_size=2, max_tokens=224),
     "summeval_minilm_pl": Experiment(
-        "summeval_rankings", MINILM, {"kind": "plackett_luce"}, batch_size=2, epochs=2, max_tokens=256, folds=(0, 1)
+        "summeval_rankings", MINILM, {"kind": "plackett_luce"}, batch_size=2, max_tokens=224
     ),
     "summeval_attributes_minilm": Experiment(
         "summeval_attributes",
@@ -102,9 +99,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"kind": "mse"},
         head={"kind": "multi_value", "attributes": ["coherence", "consistency", "fluency", "relevance"]},
         batch_size=2,
-        epochs=3,
-        max_tokens=256,
-        folds=(0, 1),
+        max_tokens=224,
     ),
     "process_smollm2": Experiment(
         "process_steps",
@@ -114,12 +109,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         max_tokens=384,
         lr=1e-4,
         trainable_layers=4,
-        folds=(0,),
     ),
-    "process_minilm": Experiment(
-        "process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=384, folds=(0,)
-    ),
+    "process_minilm": Experiment("process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=384),
     "word_sorting_minilm": Experiment(
-        "word_sorting_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512, folds=(0,)
+        "word_sorting_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512
     ),
 }
