@@ -15,7 +15,7 @@ Found = Iterator[tuple[str, str]]
 
 WITH_MEMBERS = ("ensemble", "multi_value")
 """Leaves that count by their members in a node that compares members."""
-WITH_CALIBRATION = ("explicit", "token_level", "process")
+WITH_CALIBRATION = ("explicit", "token_level")
 """Leaves whose folder may hold a calibration file."""
 
 

@@ -154,8 +154,9 @@ class TokenLevelReward(ModelLeaf):
     """A token-classification reward model: one score a token, dense rewards for PPO."""
 
     kind: Literal["token_level"]
-    aggregate: Literal["sum", "mean", "last"] = "sum"
-    """How token scores make the response's score; the dense scores are scaled to add to it."""
+    aggregate: Literal["sum", "mean", "last"] | None = None
+    """How token scores make the response's score; the dense scores are scaled to add to it. Null: as the model was
+    trained, which its folder says, and the mean for other models."""
 
 
 class ProcessReward(ModelLeaf):

@@ -137,7 +137,7 @@ def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | 
         ),
         f"{area}/invalid_count": float((~valid).sum()),
     }
-    metrics |= _part_metrics(groups, valid, area)
+    metrics |= _part_metrics(groups, valid, area) | _source_metrics(groups, area)
     prefix = "eval" if area == "eval" else "rollout"
     metrics |= {f"{prefix}/response_length_mean": float(lengths.mean()), f"{prefix}/truncated_frac": truncated}
     if area == "eval":
@@ -151,7 +151,6 @@ def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | 
     }
     metrics["time/reward_s"] = sum(group.reward_summary["seconds"] for group in groups)
     metrics["reward/resampled_count"] = float(sum(group.num_resamples > 0 for group in groups))
-    metrics |= _source_metrics(groups)
     if seconds is not None:
         metrics["rollout/tokens_per_s"] = num_tokens / seconds
     return metrics
@@ -172,8 +171,8 @@ def _part_metrics(groups: Sequence[ScoredGroup], valid: np.ndarray, area: str) -
     return metrics
 
 
-def _source_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """How long each leaf's calls took, and how many responses it failed to score."""
+def _source_metrics(groups: Sequence[ScoredGroup], area: str) -> dict[str, float]:
+    """How long each leaf's calls took, what they gave, and how many responses it failed to score."""
     calls: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
         for call in group.reward_summary["sources"]:
@@ -182,10 +181,20 @@ def _source_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     for name, own in calls.items():
         seconds = [call["seconds"] for call in own]
         metrics |= {
-            f"reward/source/{name}_latency_p50_s": float(np.percentile(seconds, 50)),
-            f"reward/source/{name}_latency_p95_s": float(np.percentile(seconds, 95)),
-            f"reward/source/{name}_failed_count": float(sum(call["num_failed"] for call in own)),
+            f"{area}/source/{name}_latency_p50_s": float(np.percentile(seconds, 50)),
+            f"{area}/source/{name}_latency_p95_s": float(np.percentile(seconds, 95)),
+            f"{area}/source/{name}_failed_count": float(sum(call["num_failed"] for call in own)),
         }
+        counts = np.array([call["num_responses"] - call["num_failed"] for call in own], dtype=np.float64)
+        if counts.any():
+            kept = counts > 0
+            means, stds = (np.array([call[key] for call in own])[kept] for key in ("score_mean", "score_std"))
+            mean = np.average(means, weights=counts[kept])
+            square = np.average(stds**2 + (means - mean) ** 2, weights=counts[kept])
+            metrics |= {
+                f"{area}/source/{name}_score_mean": float(mean),
+                f"{area}/source/{name}_score_std": float(np.sqrt(square)),
+            }
     return metrics
 
 

@@ -1,6 +1,7 @@
 """The training loop: sample, score, learn, publish."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Run:
     """Step of the newest checkpoint."""
     kl: float = 0.0
     """KL to the reference per response, as last measured."""
+    is_updating: bool = False
+    """Whether the learners are in between two steps: they learn, or send what they learnt."""
 
 
 def train_ppo(run: Run) -> str:
@@ -55,9 +58,19 @@ def train_ppo(run: Run) -> str:
         status = _loop(run)
     except StopRequestedError:
         status = "stopped"
+    except (WorkerError, ValueError):
+        # A failure while they learn or send leaves the learners in between two steps; else nothing need be lost.
+        if not run.is_updating:
+            with suppress(WorkerError, ValueError):  # the failure that led here is the one to report
+                _save_rest(run)
+        raise
+    _save_rest(run)
+    return status
+
+
+def _save_rest(run: Run) -> None:
     if run.saved_step < run.step:
         save(run)
-    return status
 
 
 def _loop(run: Run) -> str:
@@ -108,11 +121,10 @@ def train_step(run: Run) -> float:
         metrics = {"time/rollout_s": seconds, **batch_metrics(groups, area="reward", seconds=seconds)}
     except (StopRequestedError, WorkerError, ValueError):
         run.order.restore(position)  # what was drawn was not consumed
-        if run.saved_step < run.step:
-            save(run)  # the learners are as the last step left them
         raise
     metrics["rollout/policy_version"] = min(group.rollout_summary["policy_version"] for group in groups)
     run.tracker.set_phase("learn")
+    run.is_updating = True
     learn_seconds = timed()
     metrics |= learn(run, groups)
     metrics["time/learn_s"] = learn_seconds()
@@ -120,6 +132,7 @@ def train_step(run: Run) -> float:
     run.step += 1
     run.tracker.set_phase("sync")
     metrics |= publish_weights(run)
+    run.is_updating = False
     commit_reward_state(run)
     metrics |= {
         "time/step_s": step_seconds(),
@@ -190,6 +203,11 @@ def calibrate_rewards(run: Run) -> None:
         commit_reward_state(run)
         if not run.workers.reward.call_all("needs_commit", timeout_s=run.config.cluster.step_timeout_s)[0]:
             return
+    raise ValueError(
+        f"the {len(run.held_out)} held-out prompts gave no valid score to a reward that calibrates itself on them "
+        "(calibrate with source: reference, whiten, adaptive): hold out prompts of every kind that the graph routes, "
+        "or see why the scores fail (raylhf score)"
+    )
 
 
 def commit_reward_state(run: Run) -> None:

@@ -140,29 +140,30 @@ def load_reward_model(
         raise ValueError(f"the weights of {folder!r} lack {min(missing)}; the folder is not a complete reward model")
     if is_token_level and config.num_labels > 2:
         raise ValueError(f"{folder!r} has {config.num_labels} outputs a token; raylhf reads models with one or two")
-    kind, names = _recorded_head(folder, config, is_token_level)
+    kind, names, aggregate = _recorded_head(folder, config, is_token_level)
     model = RewardModel(
         hf,
         kind=kind,
         names=names,
         separator_id=_separator_id(folder, hf),
         calibration=Calibration.read(folder),
+        aggregate=aggregate,
     )
     model.requires_grad_(False).eval()
     return model
 
 
-def _recorded_head(folder: str, config: Any, is_token_level: bool) -> tuple[RewardKind, tuple[str, ...]]:
-    """Kind and names from the head file; of other models, from their architecture and labels."""
+def _recorded_head(folder: str, config: Any, is_token_level: bool) -> tuple[RewardKind, tuple[str, ...], Aggregate]:
+    """Kind, names and aggregate from the head file; of other models, from their architecture and labels."""
     file = Path(folder, HEAD_FILE)
     if file.is_file():
         recorded = json.loads(file.read_text(encoding="utf-8"))
-        return recorded["kind"], tuple(recorded["names"])
+        return recorded["kind"], tuple(recorded["names"]), recorded["aggregate"] or "mean"
     if is_token_level:
-        return "token", ("score",)
+        return "token", ("score",), "mean"
     if config.num_labels == 1:
-        return "scalar", ("score",)
-    return "multi_value", tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        return "scalar", ("score",), "mean"
+    return "multi_value", tuple(str(config.id2label[i]) for i in range(config.num_labels)), "mean"
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -38,9 +38,11 @@ class TokenLevelModelReward:
     def __init__(self, config: settings.TokenLevelReward, context: "BuildContext") -> None:
         self._served = serve(config, config.path, context)
         require_head(self._served, config, {"token", "process"})
-        self._aggregate = config.aggregate
+        trained = self._served.model.aggregate
+        self._aggregate = config.aggregate or ("mean" if trained == "steps" else trained)
         self._policy = None if context.policy is None else PolicyTokens(context.policy)
-        self.calibration = self._served.model.calibration
+        # A calibration is of the scores that the model was trained to give.
+        self.calibration = self._served.model.calibration if self._aggregate == trained else None
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         credits = [
@@ -75,7 +77,6 @@ class ProcessModelReward:
         require_head(self._served, config, {"token", "process"})
         self._config = config
         self._policy = None if context.policy is None else PolicyTokens(context.policy)
-        self.calibration = self._served.model.calibration
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         credits = [

@@ -15,6 +15,11 @@ import numpy as np
 
 MIN_STD = 1e-6
 """A smaller spread is rounding: the scores are constant, and their scale is 1."""
+MIN_SHARE_OF_LARGEST_STD = 0.05
+"""Where scores become constant, the scale stops at this share of the largest spread before: a rare other score is then
+20 of them away at most, and the scale makes no jump to 1."""
+SAVED_MOMENTS = ("num_commits", "mean", "variance", "weight", "largest_std")
+"""What a state holds of each node's moments."""
 MAX_CALLS = 10_000
 """Calls that are kept where nobody takes them; then the oldest go."""
 
@@ -26,7 +31,11 @@ def scale_of(std: float) -> float:
 
 @dataclass
 class RunningMoments:
-    """Exponential averages of the batches' means and (population) variances; mean 0 and spread 1 until the first."""
+    """Mean and (population) variance of all scores so far, each weighted by decay^(commits since it came).
+
+    A score counts the same in a small batch and a large one, and the drift of the mean is part of the variance. Mean 0
+    and spread 1 until the first commit.
+    """
 
     decay: float
     is_reference: bool = False
@@ -34,11 +43,17 @@ class RunningMoments:
     num_commits: int = 0
     mean: float = 0.0
     variance: float = 1.0
+    weight: float = 0.0
+    """Of all scores together."""
+    largest_std: float = 0.0
+    """Over the commits."""
 
     @property
     def std(self) -> float:
         """The spread to divide by."""
-        return scale_of(math.sqrt(self.variance))
+        if self.num_commits == 0:
+            return 1.0
+        return scale_of(max(math.sqrt(self.variance), MIN_SHARE_OF_LARGEST_STD * self.largest_std))
 
     @property
     def is_frozen(self) -> bool:
@@ -47,9 +62,13 @@ class RunningMoments:
 
     def fold(self, scores: np.ndarray) -> None:
         """Take in the scores [N] of one batch over all workers, N > 0."""
-        share = 1.0 if self.num_commits == 0 else 1.0 - self.decay
-        self.mean += share * (float(scores.mean()) - self.mean)
-        self.variance += share * (float(scores.var()) - self.variance)
+        earlier = self.decay * self.weight
+        self.weight = earlier + len(scores)
+        share = len(scores) / self.weight
+        drift = float(scores.mean()) - self.mean if earlier > 0 else 0.0
+        self.mean = self.mean + share * drift if earlier > 0 else float(scores.mean())
+        self.variance = (1 - share) * self.variance + share * float(scores.var()) + share * (1 - share) * drift**2
+        self.largest_std = max(self.largest_std, math.sqrt(self.variance))
         self.num_commits += 1
 
 
@@ -115,7 +134,7 @@ class RewardState:
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Everything that later scores depend on, as plain JSON."""
         return {
-            place: {"num_commits": moments.num_commits, "mean": moments.mean, "variance": moments.variance}
+            place: {name: getattr(moments, name) for name in SAVED_MOMENTS}
             for place, moments in self._moments.items()
         }
 
@@ -127,9 +146,8 @@ class RewardState:
                 "them only; resume with the settings of the saved run"
             )
         for place, values in saved.items():
-            moments = self._moments[place]
-            moments.num_commits = int(values["num_commits"])
-            moments.mean, moments.variance = float(values["mean"]), float(values["variance"])
+            for name in SAVED_MOMENTS:
+                setattr(self._moments[place], name, values[name])
         self._pending = {}
 
     def record_call(self, call: Call) -> None:

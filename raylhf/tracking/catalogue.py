@@ -30,6 +30,8 @@ METRICS: dict[str, Metric] = {
     "reward/source/<name>_latency_p50_s": Metric("Median time of one scoring call of a leaf", "s"),
     "reward/source/<name>_latency_p95_s": Metric("95th percentile of that time", "s", "below the step's slack"),
     "reward/source/<name>_failed_count": Metric("Responses that the leaf failed to score", "responses", "0"),
+    "reward/source/<name>_score_mean": Metric("Mean of the leaf's own scores", "score"),
+    "reward/source/<name>_score_std": Metric("Standard deviation of the leaf's own scores", "score", "above 0"),
     # rollout: what the engine sampled
     "rollout/response_length_mean": Metric("Mean response length, end token included", "tokens", "steady"),
     "rollout/response_length_p95": Metric("95th percentile of the response length", "tokens", "below the limit"),
@@ -119,6 +121,11 @@ METRICS: dict[str, Metric] = {
     "eval/invalid_count": Metric("Held-out responses whose score failed", "responses", "0"),
     "eval/part/<name>_mean": Metric("Mean held-out score of one named part of the reward graph", "reward"),
     "eval/part/<name>_std": Metric("Standard deviation of that part's held-out scores", "reward"),
+    "eval/source/<name>_latency_p50_s": Metric("Median time of one scoring call of a leaf in the evaluation", "s"),
+    "eval/source/<name>_latency_p95_s": Metric("95th percentile of that time", "s"),
+    "eval/source/<name>_failed_count": Metric("Held-out responses that the leaf failed to score", "responses", "0"),
+    "eval/source/<name>_score_mean": Metric("Mean of the leaf's own held-out scores", "score"),
+    "eval/source/<name>_score_std": Metric("Standard deviation of the leaf's own held-out scores", "score"),
     # rm: training a reward model
     "rm/loss": Metric("Loss of the optimizer step", "loss", "falls"),
     "rm/accuracy": Metric("Share of the step's pairs in which the chosen response scores higher", "0 to 1", "rises"),

@@ -21,7 +21,17 @@ def group(scores, valid=None, lengths=None, truncated=0, parts=None, seconds=(0.
             "errors": ("it broke",) if valid else (),
             "seconds": 0.5,
             "resample": [False] * len(scores),
-            "sources": [{"source": "quality", "seconds": s, "num_failed": 1} for s in seconds],
+            "sources": [
+                {
+                    "source": "quality",
+                    "seconds": s,
+                    "num_responses": 3,
+                    "num_failed": 1,
+                    "score_mean": 4.0 * i,
+                    "score_std": 1.0,
+                }
+                for i, s in enumerate(seconds)
+            ],
         },
     )
 
@@ -43,6 +53,9 @@ def test_calls_of_a_leaf_become_latencies_and_failures():
     assert metrics["reward/source/quality_latency_p50_s"] == 2.0
     assert metrics["reward/source/quality_latency_p95_s"] == pytest.approx(2.9)
     assert metrics["reward/source/quality_failed_count"] == 3
+    # Two calls around 0 and one around 4, two scores each: mean 4/3, variance 1 + (16 / 3 - 16 / 9).
+    assert metrics["reward/source/quality_score_mean"] == pytest.approx(4 / 3)
+    assert metrics["reward/source/quality_score_std"] == pytest.approx((1 + 32 / 9) ** 0.5)
 
 
 def test_a_part_that_does_not_apply_is_left_out_of_its_mean():

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from raylhf.cluster.actors import StopRequestedError
+from raylhf.cluster.actors import StopRequestedError, WorkerError
 from raylhf.config import RunConfig
 from raylhf.driver import ppo
 
@@ -15,7 +15,19 @@ from raylhf.driver import ppo
 def loop(monkeypatch):
     """loop(kls, ...) -> (status, events, run): one step for each KL, of which None stands for a stop while sampling."""
 
-    def start(kls, *, budget=None, save_every=0, evaluate_every=0, stop_at=None, step=0, kl=0.0, eval_kl=0.0):
+    def start(
+        kls,
+        *,
+        budget=None,
+        save_every=0,
+        evaluate_every=0,
+        stop_at=None,
+        step=0,
+        kl=0.0,
+        eval_kl=0.0,
+        is_updating=False,
+        saved=None,
+    ):
         raw: dict[str, Any] = {
             "name": "x",
             "num_steps": len(kls) + step,
@@ -36,6 +48,7 @@ def loop(monkeypatch):
             evaluations=[{"step": step, "metrics": {"eval/kl_to_ref": kl}}] if step else [],
             step=step,
             kl=kl,
+            is_updating=is_updating,
         )
         events: list[str] = []
         remaining = iter(kls)
@@ -43,17 +56,23 @@ def loop(monkeypatch):
         def train_step(run):
             if (kl := next(remaining)) is None:
                 raise StopRequestedError("rollout")
+            if isinstance(kl, Exception):
+                raise kl
             run.step += 1
             events.append(f"step {run.step}")
             return kl
 
         def evaluate_now(run):
+            if isinstance(eval_kl, Exception) and run.step:
+                raise eval_kl
             run.evaluations.append({"step": run.step, "metrics": {"eval/kl_to_ref": eval_kl}})
             events.append(f"evaluate {run.step}")
 
         def save(run):
             run.saved_step = run.step
             events.append(f"save {run.step}")
+            if saved is not None:
+                saved.append(run.step)
 
         monkeypatch.setattr(ppo, "train_step", train_step)
         monkeypatch.setattr(ppo, "evaluate_now", evaluate_now)
@@ -96,3 +115,18 @@ def test_evaluations_and_checkpoints_come_at_their_intervals_and_not_twice(loop)
     assert events[1:] == [
         "evaluate 0", "step 1", "step 2", "save 2", "evaluate 2", "step 3", "step 4", "save 4", "evaluate 4"
     ]  # fmt: skip
+
+
+def test_a_failure_outside_of_learning_saves_what_was_learnt(loop):
+    saved = []
+    for arguments in ({"kls": [0.1, 0.2], "eval_kl": ValueError("no score")}, {"kls": [0.1, WorkerError("gone")]}):
+        with pytest.raises((ValueError, WorkerError), match="no score|gone"):
+            loop(**arguments, saved=saved)
+    assert saved == [2, 1]
+
+
+def test_a_failure_in_between_two_steps_saves_nothing(loop):
+    saved = []
+    with pytest.raises(WorkerError, match="diverged"):
+        loop([0.1, 0.2, WorkerError("diverged")], is_updating=True, saved=saved)
+    assert saved == []

@@ -27,7 +27,7 @@ END_S = 120.0
 GRACE_S = 10.0
 POLL_S = 0.2
 CLOCK_METRICS = re.compile(
-    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|reward/source/.*_latency_p\d\d_s"
+    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|(reward|eval)/source/.*_latency_p\d\d_s"
 )
 """Metrics that depend on the machine and on what else it does."""
 

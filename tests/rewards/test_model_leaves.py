@@ -1,5 +1,7 @@
 """Models as leaves of the reward graph: scores, dense scores, failures."""
 
+import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -351,3 +353,18 @@ def test_batches_keep_to_the_token_budget_and_hold_every_text_once():
     batches: Any = plan_batches(lengths, 12)
     assert batches == [[3], [1], [2, 0, 4]]
     assert plan_batches([], 12) == []
+
+
+def test_token_scores_are_aggregated_as_the_model_was_trained_and_only_then_calibrated(folders, tmp_path):
+    trained = tmp_path / "last"
+    shutil.copytree(folders["token"], trained)
+    head = trained / "raylhf_reward.json"
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"aggregate": "last"}))
+    by_folder = TokenLevelModelReward(token_level(str(trained)), context())
+    last = TokenLevelModelReward(token_level(str(trained), aggregate="last"), context())
+    total = TokenLevelModelReward(token_level(str(trained), aggregate="sum"), context())
+    texts = rollouts_of("some words", "no")
+    np.testing.assert_array_equal(by_folder.score(texts).scores, last.score(texts).scores)
+    assert not np.allclose(by_folder.score(texts).scores, total.score(texts).scores)
+    assert by_folder.calibration is not None
+    assert total.calibration is None
