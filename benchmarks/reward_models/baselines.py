@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix, hstack, vstack
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeCV
 
 Row = dict[str, Any]
+STRENGTHS = (0.1, 1.0, 10.0)
+"""Of the regularisation, chosen by cross-validation on the training rows."""
 
 
 def vectorizer() -> TfidfVectorizer:
@@ -23,7 +25,8 @@ class PairBaseline:
         chosen, rejected = (self._terms.transform([pair[i] for pair in pairs]) for i in (0, 1))
         features = vstack([chosen - rejected, rejected - chosen])
         labels = np.repeat([1, 0], len(pairs))
-        self._model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000).fit(features, labels)
+        model = LogisticRegressionCV(Cs=STRENGTHS, cv=3, fit_intercept=False, max_iter=1000)
+        self._model = model.fit(features, labels)
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         return self._terms.transform(texts) @ self._model.coef_[0]
@@ -34,7 +37,7 @@ class ScoreBaseline:
 
     def __init__(self, texts: Sequence[str], scores: Sequence[float]) -> None:
         self._terms = vectorizer().fit(texts)
-        self._model = Ridge(alpha=1.0).fit(self._terms.transform(texts), np.asarray(scores))
+        self._model = RidgeCV(alphas=STRENGTHS).fit(self._terms.transform(texts), np.asarray(scores))
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         return self._model.predict(self._terms.transform(texts))

@@ -168,11 +168,15 @@ SETS: dict[str, tuple[str, Callable[[Path], Iterator[tuple[str, Row]]]]] = {
 
 
 def write_fold(folder: Path, name: str, fold: int, into: Path, *, max_train: int | None = None) -> tuple[Path, Path]:
-    """Training and test file of one fold; `max_train` keeps so many training rows, drawn by seed 0."""
+    """Training and test file of one fold; `max_train` keeps so many training rows, drawn by seed 0.
+
+    `cluster` in a row is what its fold was drawn by: what intervals resample.
+    """
     rows = list(SETS[name][1](folder))
     folds = fold_of([key for key, _ in rows])
-    train = [row for key, row in rows if folds[key] != fold]
-    test = [row for key, row in rows if folds[key] == fold]
+    # Raters who are split, or against the cleaned label, teach nothing; such rows are judged all the same.
+    train = [row | {"cluster": key} for key, row in rows if folds[key] != fold and row.get("agreement", 1.0) > 0.5]
+    test = [row | {"cluster": key} for key, row in rows if folds[key] == fold]
     if max_train is not None and len(train) > max_train:
         train = random.Random(0).sample(train, max_train)
     into.mkdir(parents=True, exist_ok=True)

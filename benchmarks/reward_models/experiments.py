@@ -62,7 +62,7 @@ class Experiment:
 
 BRADLEY_TERRY = {"kind": "bradley_terry", "center_coef": 0.01}
 # A topic is one batch element with all of its comparisons (about 33 arguments), so a batch of 1 is some 360 pairs.
-UKP: dict[str, Any] = {"batch_size": 1, "epochs": 3}
+UKP: dict[str, Any] = {"batch_size": 1, "epochs": 3, "max_tokens": 224}
 
 EXPERIMENTS: dict[str, Experiment] = {
     "ukp_pairs_minilm": Experiment("ukp_pairs", MINILM, BRADLEY_TERRY, folds=(0, 1), **UKP),
@@ -106,12 +106,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         SMOLLM2,
         {"kind": "process"},
         head={"kind": "token"},
-        max_tokens=384,
+        max_tokens=512,
         lr=1e-4,
         trainable_layers=4,
     ),
-    "process_minilm": Experiment("process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=384),
-    "word_sorting_minilm": Experiment(
-        "word_sorting_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512
-    ),
+    "process_minilm": Experiment("process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512),
 }

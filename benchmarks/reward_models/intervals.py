@@ -30,18 +30,19 @@ def accuracy(gaps: np.ndarray) -> np.ndarray:
 
 
 def correlation(kind: str) -> Callable[[Sequence[np.ndarray]], float]:
-    """Pearson's or Spearman's, over rows of (score, human)."""
+    """Pearson's or Spearman's, over clusters of rows (score, human)."""
     function = {"pearson": pearsonr, "spearman": spearmanr}[kind]
 
-    def statistic(rows: Sequence[np.ndarray]) -> float:
-        table = np.stack(rows)
+    def statistic(clusters: Sequence[np.ndarray]) -> float:
+        table = np.concatenate(clusters)
         return float(function(table[:, 0], table[:, 1])[0])
 
     return statistic
 
 
-def first_error_f1(pairs: Sequence[tuple[int, int]]) -> float:
+def first_error_f1(clusters: Sequence[Sequence[tuple[int, int]]]) -> float:
     """ProcessBench's harmonic mean of finding the first wrong step and of finding none; pairs are (found, true)."""
+    pairs = [pair for cluster in clusters for pair in cluster]
     wrong = [found == true for found, true in pairs if true >= 0]
     right = [found == true for found, true in pairs if true < 0]
     a, b = float(np.mean(wrong)) if wrong else 0.0, float(np.mean(right)) if right else 0.0

@@ -23,6 +23,8 @@ from experiments import EXPERIMENTS, Experiment
 from intervals import accuracy, correlation, first_error_f1, interval, mean_of_all, show
 from scipy.stats import spearmanr
 
+from raylhf.text.judgement_rows import parse_transcript
+
 HERE = Path(__file__).parent
 RAYLHF = [sys.executable, "-m", "raylhf.cli"]
 
@@ -73,19 +75,9 @@ def responses_of(row: Row, kind: str) -> list[tuple[str, str]]:
 
 
 def split_transcript(text: str) -> tuple[str, str]:
-    """(everything before, last assistant turn) of an HH transcript."""
-    head, _, response = text.rpartition("\n\nAssistant:")
-    return head, response.strip()
-
-
-def transcript_messages(head: str) -> list[dict[str, str]]:
-    """The chat turns of the beginning of an HH transcript."""
-    turns = []
-    for part in head.split("\n\nHuman:")[1:]:
-        human, *assistants = part.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": human.strip()})
-        turns += [{"role": "assistant", "content": text.strip()} for text in assistants]
-    return turns
+    """(chat turns before it as JSON, last assistant turn) of an HH transcript, as raylhf itself reads it."""
+    *turns, last = parse_transcript(text, "transcript", "data")
+    return json.dumps(turns), last["content"]
 
 
 def score(export: Path, experiment: Experiment, pairs: Sequence[tuple[str, str]], output: Path) -> dict[Any, Row]:
@@ -100,7 +92,7 @@ def score(export: Path, experiment: Experiment, pairs: Sequence[tuple[str, str]]
     source = output.with_name(f"{output.stem}_input.jsonl")
     with source.open("w") as file:
         for prompt, response in unique:
-            messages = transcript_messages(prompt) if prompt.startswith("\n\nHuman:") else prompt
+            messages = json.loads(prompt) if prompt.startswith("[{") else prompt
             file.write(json.dumps({"prompt": messages, "response": response}) + "\n")
     output.unlink(missing_ok=True)
     command = [*RAYLHF, "score", str(config), "--input", str(source), "--output", str(output)]
@@ -112,13 +104,13 @@ def score(export: Path, experiment: Experiment, pairs: Sequence[tuple[str, str]]
 def evaluate_pairs(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
     """Accuracy of model, bag of words and length; and what an ensemble's members say."""
     hits: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    members: list[tuple[float, float]] = []
+    members: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for number, fold in enumerate(folds):
         judged = [responses_of(row, "pairs") for row in fold["train"]]
         words = PairBaseline([(chosen[1], rejected[1]) for chosen, rejected in judged])
         for row in fold["test"]:
             chosen, rejected = responses_of(row, "pairs")
-            prompt = f"{number}/{chosen[0]}"
+            prompt = f"{number}/{row['cluster']}"
             outcomes = {
                 "model": fold["scores"][chosen]["score"] - fold["scores"][rejected]["score"],
                 "bag of words": float(np.subtract(*words.score([chosen[1], rejected[1]]))),
@@ -127,7 +119,7 @@ def evaluate_pairs(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> d
             if experiment.head["kind"] == "ensemble":
                 gaps = member_gaps(fold["scores"][chosen], fold["scores"][rejected])
                 outcomes |= {f"member {k}": gap for k, gap in enumerate(gaps)}
-                members.append((float(np.std(gaps, ddof=1)), row["disagreement"]))
+                members[prompt].append((float(np.std(gaps, ddof=1)), row["disagreement"]))
             for who, gap in outcomes.items():
                 hits[who][prompt].append(float(accuracy(np.array(gap))))
     prompts = list(hits["model"])
@@ -137,9 +129,12 @@ def evaluate_pairs(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> d
     gains = [np.array(hits["model"][p]) - np.array(hits["bag of words"][p]) for p in prompts]
     values["model minus bag of words"] = interval(gains, mean_of_all)
     if members:
-        values["Spearman of disagreement and vote entropy"] = interval(
-            [np.array(pair) for pair in members], correlation("spearman")
-        )
+        own = [np.array(hits["model"][p]) for p in prompts]
+        each = [np.mean([hits[who][p] for who in hits if who.startswith("member")], axis=0) for p in prompts]
+        gains = [mean - average for mean, average in zip(own, each, strict=True)]
+        values["mean of the ensemble minus its average member"] = interval(gains, mean_of_all)
+        pairs = [np.array(members[p]) for p in prompts]
+        values["Spearman of disagreement and vote entropy"] = interval(pairs, correlation("spearman"))
     return values
 
 
@@ -156,8 +151,8 @@ def evaluate_scores(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> 
         words = ScoreBaseline([row["response"] for row in fold["train"]], [row["score"] for row in fold["train"]])
         baseline = words.score([row["response"] for row in fold["test"]])
         for row, value in zip(fold["test"], baseline, strict=True):
-            table["model"].append(np.array([fold["scores"]["", row["response"]]["score"], row["score"]]))
-            table["bag of words"].append(np.array([value, row["score"]]))
+            table["model"].append(np.array([[fold["scores"]["", row["response"]]["score"], row["score"]]]))
+            table["bag of words"].append(np.array([[value, row["score"]]]))
     return {
         f"{kind}, {who}": interval(rows, correlation(kind))
         for kind in ("pearson", "spearman")
@@ -167,8 +162,9 @@ def evaluate_scores(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> 
 
 def evaluate_rankings(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
     """Mean over prompts of the Spearman correlation with the human ranking, and accuracy over all pairs."""
-    rank: dict[str, list[float]] = defaultdict(list)
+    rank: dict[str, list[np.ndarray]] = defaultdict(list)
     hits: dict[str, list[np.ndarray]] = defaultdict(list)
+    clusters = [row["cluster"] for fold in folds for row in fold["test"]]
     for fold in folds:
         words = PairBaseline([pair for row in fold["train"] for pair in ranked_pairs(row)])
         for row in fold["test"]:
@@ -179,10 +175,18 @@ def evaluate_rankings(experiment: Experiment, folds: Sequence[dict[str, Any]]) -
             }
             first, second = np.nonzero(place[:, None] < place[None, :])
             for who, values in scores.items():
-                rank[who].append(float(spearmanr(values, -place)[0]))
+                rank[who].append(np.array([spearmanr(values, -place)[0]]))
                 hits[who].append(accuracy(values[first] - values[second]))
-    values = {f"Spearman, {who}": interval([np.array([v]) for v in own], mean_of_all) for who, own in rank.items()}
-    return values | {f"accuracy, {who}": interval(own, mean_of_all) for who, own in hits.items()}
+    values = {f"Spearman, {who}": interval(clustered(own, clusters), mean_of_all) for who, own in rank.items()}
+    return values | {f"accuracy, {who}": interval(clustered(own, clusters), mean_of_all) for who, own in hits.items()}
+
+
+def clustered(values: Sequence[np.ndarray], clusters: Sequence[str]) -> list[np.ndarray]:
+    """The values of each cluster together."""
+    table: dict[str, list[np.ndarray]] = defaultdict(list)
+    for value, cluster in zip(values, clusters, strict=True):
+        table[cluster].append(value)
+    return [np.concatenate(parts) for parts in table.values()]
 
 
 def ranks_of(row: Row) -> list[int]:
@@ -218,8 +222,8 @@ def evaluate_attributes(
 
 def evaluate_steps(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
     """ProcessBench's F1, and accuracy over labelled steps."""
-    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    steps: dict[str, list[np.ndarray]] = defaultdict(list)
+    found: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    steps: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for fold in folds:
         words = StepBaseline(fold["train"])
         for row, model in zip(fold["test"], step_probabilities(fold, experiment), strict=True):
@@ -231,11 +235,14 @@ def evaluate_steps(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> d
                 ("always right", np.ones(len(labels))),
             ):
                 wrong = np.nonzero(right < 0.5)[0]
-                found[who].append((int(wrong[0]) if len(wrong) else -1, true))
+                found[who][row["cluster"]].append((int(wrong[0]) if len(wrong) else -1, true))
                 said = [(p >= 0.5) == label for p, label in zip(right, labels, strict=True) if label is not None]
-                steps[who].append(np.array(said, dtype=float))
-    values = {f"first-error F1, {who}": interval(own, first_error_f1) for who, own in found.items()}
-    return values | {f"step accuracy, {who}": interval(own, mean_of_all) for who, own in steps.items()}
+                steps[who][row["cluster"]] += [float(hit) for hit in said]
+    values = {f"first-error F1, {who}": interval(list(own.values()), first_error_f1) for who, own in found.items()}
+    return values | {
+        f"step accuracy, {who}": interval([np.array(v) for v in own.values()], mean_of_all)
+        for who, own in steps.items()
+    }
 
 
 def step_probabilities(fold: dict[str, Any], experiment: Experiment) -> list[np.ndarray]:
