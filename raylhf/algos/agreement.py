@@ -51,21 +51,37 @@ class Reliability:
     """Expected calibration error: mean of |predicted - observed| over predictions; NaN without any."""
 
 
-def reliability(probabilities: ArrayLike, outcomes: ArrayLike, *, num_bins: int) -> Reliability:
-    """Calibration of `probabilities` [P] of something that happened (1), did not (0) or partly did: `outcomes` [P]."""
-    return _reliability(np.asarray(probabilities, float), np.asarray(outcomes, float), np.linspace(0, 1, num_bins + 1))
+def reliability(probabilities: ArrayLike, outcomes: ArrayLike, *, edges: ArrayLike) -> Reliability:
+    """Calibration of `probabilities` [P] of something that happened (1), did not (0) or partly did: `outcomes` [P].
+
+    `edges` [num_bins + 1] are the borders of the bins.
+    """
+    predictions, happened = np.asarray(probabilities, float), np.asarray(outcomes, float)
+    borders = np.asarray(edges, float)
+    num_bins = len(borders) - 1
+    bins = np.searchsorted(borders[1:-1], predictions, side="right")
+    counts = np.bincount(bins, minlength=num_bins)
+    # Sums over counts of 0 give the NaN that an empty bin should have.
+    with np.errstate(invalid="ignore"):
+        predicted = np.bincount(bins, weights=predictions, minlength=num_bins) / counts
+        observed = np.bincount(bins, weights=happened, minlength=num_bins) / counts
+    filled = counts > 0
+    ece = np.average(np.abs(predicted - observed)[filled], weights=counts[filled]) if filled.any() else np.nan
+    return Reliability(borders, predicted, observed, counts, float(ece))
 
 
-def pair_reliability(gaps: ArrayLike, *, num_bins: int) -> Reliability:
+def pair_reliability(gaps: ArrayLike, agreement: ArrayLike = 1.0, *, num_bins: int) -> Reliability:
     """Calibration of sigmoid(gap) for `gaps` [P] = chosen - rejected, in bins over [0.5, 1].
 
-    Chosen always won, so calibration of sigmoid(gap) itself would only measure how large the gaps are. Every pair is
-    turned so that the model's favourite comes first: the prediction is then sigmoid(|gap|), and the outcome is whether
-    the raters agree (half for a gap of 0).
+    `agreement`, one for all or [P], is the share of raters who prefer chosen. Where all do, chosen always won, and
+    calibration of sigmoid(gap) itself would only measure how large the gaps are. So every pair is turned until the
+    model's favourite comes first: the prediction is then sigmoid(|gap|), and the outcome is the share of raters who
+    prefer this favourite (half for a gap of 0).
     """
     gaps = np.asarray(gaps, float)
     confidences = 1 / (1 + np.exp(-np.abs(gaps)))
-    return _reliability(confidences, _wins(gaps), np.linspace(0.5, 1, num_bins + 1))
+    outcomes = 0.5 + np.sign(gaps) * (np.asarray(agreement, float) - 0.5)
+    return reliability(confidences, outcomes, edges=np.linspace(0.5, 1, num_bins + 1))
 
 
 def cluster_bootstrap(values: Sequence[np.ndarray], *, num_samples: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -95,19 +111,6 @@ def first_error_scores(predicted: Sequence[int], actual: Sequence[int]) -> dict[
     on_errors, on_correct = _mean(hits[has_error]), _mean(hits[~has_error])
     f1 = 0.0 if on_errors == on_correct == 0 else 2 * on_errors * on_correct / (on_errors + on_correct)
     return {"error_accuracy": on_errors, "correct_accuracy": on_correct, "f1": f1}
-
-
-def _reliability(predictions: np.ndarray, outcomes: np.ndarray, edges: np.ndarray) -> Reliability:
-    num_bins = len(edges) - 1
-    bins = np.searchsorted(edges[1:-1], predictions, side="right")
-    counts = np.bincount(bins, minlength=num_bins)
-    # Sums over counts of 0 give the NaN that an empty bin should have.
-    with np.errstate(invalid="ignore"):
-        predicted = np.bincount(bins, weights=predictions, minlength=num_bins) / counts
-        observed = np.bincount(bins, weights=outcomes, minlength=num_bins) / counts
-    filled = counts > 0
-    ece = np.average(np.abs(predicted - observed)[filled], weights=counts[filled]) if filled.any() else np.nan
-    return Reliability(edges, predicted, observed, counts, float(ece))
 
 
 def _wins(gaps: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`raylhf check`: the resolved plan of a run."""
+"""`raylhf check`: the resolved plan of a run, or what a reward service will serve."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,10 @@ from raylhf.config.load import load_any_config
 from raylhf.config.memory import GIB
 from raylhf.config.objective import AdaptiveKLControl
 from raylhf.config.plan import Plan, resolve_plan
+from raylhf.config.reward import RewardPlaneConfig
 from raylhf.config.run import RewardModelRunConfig, RunConfig
+from raylhf.config.service import ServiceConfig, load_service_config
+from raylhf.config.source import read_source
 
 
 def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
@@ -21,7 +24,7 @@ def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
 
     `with_data` reads a reward model's judgements as well and tells what is in them.
     """
-    config = load_any_config(path, overrides)
+    config = load_service_config(path, overrides) if _is_service(path) else load_any_config(path, overrides)
     console = Console(highlight=False, soft_wrap=True)
     if isinstance(config, RewardModelRunConfig):
         from raylhf.cli.check_reward_model import check_reward_model
@@ -32,16 +35,37 @@ def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
             raise ConfigError([str(error)]) from error
     else:
         if with_data:
-            raise ConfigError([f"{path}: --data reads a reward model's judgements, and this run has prompts alone"])
-        _check_policy(console, config)
+            raise ConfigError([f"{path}: --data reads a reward model's judgements, and there are none in this file"])
+        if isinstance(config, ServiceConfig):
+            _check_service(console, config)
+        else:
+            _check_policy(console, config)
     console.print("\nno problems found", style="green")
     return 0
+
+
+def _is_service(path: str) -> bool:
+    """Whether the file has a reward, and no section that only a run has."""
+    sections = read_source(path, ()).data.keys()
+    return "reward" in sections and sections <= ServiceConfig.model_fields.keys()
+
+
+def _check_service(console: Console, config: ServiceConfig) -> None:
+    console.print("a reward service (raylhf serve-reward)", style="bold")
+    table = Table(title="Server", title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    for name, value in {**config.serve.model_dump(), "max_replicas": config.max_replicas}.items():
+        table.add_row(name, "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
+    for part in (_reward(config.reward), table):
+        console.print()
+        console.print(part)
+    for note in config.notes:
+        console.print(f"\nnote: {note}", style="yellow", markup=False)
 
 
 def _check_policy(console: Console, config: RunConfig) -> None:
     plan = resolve_plan(config)
     console.print(f"{config.name}: {config.num_steps} steps of {config.model.path}", style="bold", markup=False)
-    for part in (roles_table(plan.roles), _batch(plan), _reward(config), _objective(config, plan)):
+    for part in (roles_table(plan.roles), _batch(plan), _reward(config.reward), _objective(config, plan)):
         console.print()
         console.print(part)
     console.print()
@@ -72,13 +96,13 @@ def _batch(plan: Plan) -> Table:
     return table
 
 
-def _reward(config: RunConfig) -> Tree:
+def _reward(config: RewardPlaneConfig) -> Tree:
     tree = Tree("Reward", style="bold", guide_style="not bold")
-    grow(tree, config.reward.graph, "")
-    penalty = config.reward.missing_eos_penalty
+    grow(tree, config.graph, "")
+    penalty = config.missing_eos_penalty
     tree.add(f"minus {penalty:g} where the response ran into max_response_tokens", style="not bold")
-    if config.reward.clip is not None:
-        tree.add(f"clipped to [-{config.reward.clip:g}, {config.reward.clip:g}]", style="not bold")
+    if config.clip is not None:
+        tree.add(f"clipped to [-{config.clip:g}, {config.clip:g}]", style="not bold")
     return tree
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # the driver is imported when the settings are found good
 def run_reward_eval(
     path: str, overrides: Sequence[str], *, source: str, subset_key: str | None, json_file: str | None
 ) -> int:
-    """Check the settings, score the pairs, print a table and write it as JSON where that is asked for."""
+    """Check the settings, score the pairs, print a table and write it as JSON where that is asked for.
+
+    Returns 1 where no pair could be compared, 2 for a mistake of the user's.
+    """
     config = load_service(path, overrides)
     from raylhf.driver.reward_eval import evaluate_reward
     from raylhf.driver.score import open_new, require_new
@@ -40,7 +43,7 @@ def run_reward_eval(
     show_errors(evaluation.errors)
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table(evaluation))
-    return 0
+    return 1 if evaluation.overall.num_invalid == evaluation.overall.num_pairs else 0
 
 
 def _table(evaluation: "Evaluation") -> Table:

@@ -9,8 +9,8 @@ from raylhf.config.reward import GateRule, RewardConfig
 
 LEFT_OUT = ("kind", "parts", "reward", "rule", "rules")
 """Settings that are drawn as lines of their own, or as the line's first word."""
-USUAL = {"on_failure": "drop", "trust_remote_code": False, "temperature": 1.0}
-"""Settings of many leaves that are drawn where they are unusual only."""
+UNUSUAL_ONLY = ("on_failure", "trust_remote_code", "temperature")
+"""Settings of many leaves and nodes that are drawn only where they differ from their default."""
 
 
 def grow(tree: Tree, node: RewardConfig, label: str) -> None:
@@ -32,13 +32,13 @@ def _settings(node: RewardConfig) -> str:
     shown = [
         f"{name}={_value(value)}"
         for name in type(node).model_fields
-        if name not in LEFT_OUT and not _is_silent(name, value := getattr(node, name))
+        if name not in LEFT_OUT and not _is_silent(node, name, value := getattr(node, name))
     ]
     return f" ({', '.join(shown)})" if shown else ""
 
 
-def _is_silent(name: str, value: Any) -> bool:
-    return value is None or (name in USUAL and value == USUAL[name])
+def _is_silent(node: RewardConfig, name: str, value: Any) -> bool:
+    return value is None or (name in UNUSUAL_ONLY and value == type(node).model_fields[name].default)
 
 
 def _value(value: Any) -> str:

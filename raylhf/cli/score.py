@@ -12,7 +12,10 @@ NUM_SHOWN_ERRORS = 3
 def run_score(
     path: str, overrides: Sequence[str], *, source: str, destination: str | None, prompt_key: str, response_key: str
 ) -> int:
-    """Check the settings, score, and print a summary on standard error; the rows go to a file or standard output."""
+    """Check the settings, score, and print a summary on standard error; the rows go to a file or standard output.
+
+    Returns 1 where no row has a score, 2 for a mistake of the user's.
+    """
     config = load_service(path, overrides)
     from raylhf.driver.score import RowFields, score_file
 
@@ -24,7 +27,7 @@ def run_score(
         return 2
     show_errors(summary.errors)
     print(summary.sentence(), file=sys.stderr)
-    return 0
+    return 1 if summary.num_invalid == len(summary.scores) else 0
 
 
 def show_errors(errors: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,18 +61,32 @@ def num_samples(pieces: Sequence[Piece]) -> int:
 class Scorer:
     """One replica: a reward worker, and Ray Serve's batching before it."""
 
-    def __init__(self, config: RewardPlaneConfig, *, max_batch_size: int, batch_wait_s: float) -> None:
+    def __init__(
+        self, config: RewardPlaneConfig, *, max_batch_size: int, batch_wait_s: float, stuck_after_s: float
+    ) -> None:
+        """`stuck_after_s` is how long a batch may be in work before the replica counts as stuck."""
         self._worker = RewardWorker(config)
         self._worker.start()
+        self._stuck_after_s = stuck_after_s
+        self._started_at: dict[object, float] = {}
         batching: Any = self.score  # the decorator's attributes, which its type does not tell
         batching.set_max_batch_size(max_batch_size)
         batching.set_batch_wait_timeout_s(batch_wait_s)
 
     @serve.batch(batch_size_fn=num_samples)
     async def score(self, pieces: list[Piece]) -> list[ScoredPiece]:
+        """The scores of one piece, for each caller; Ray Serve gathers what waits."""
+        return await self.score_pieces(pieces)
+
+    async def score_pieces(self, pieces: Sequence[Piece]) -> list[ScoredPiece]:
         """The scores of each piece, of whichever requests; the worker's thread leaves the replica free to answer."""
         rollouts = rollouts_of_texts([sample for piece in pieces for sample in piece.samples])
-        output, _ = await self._worker.score(rollouts)
+        batch = object()
+        self._started_at[batch] = time.monotonic()
+        try:
+            output, _ = await self._worker.score(rollouts)
+        finally:
+            del self._started_at[batch]
         results, start = [], 0
         for piece in pieces:
             rows = range(start, start + len(piece.samples))
@@ -81,8 +96,19 @@ class Scorer:
             start = rows.stop
         return results
 
+    def check_health(self) -> None:
+        """Ray Serve asks this, and replaces a replica that fails several times in a row.
+
+        Raises:
+            RuntimeError: a batch is in work for longer than anybody waits for it.
+        """
+        age_s = time.monotonic() - min(self._started_at.values(), default=math.inf)
+        if age_s > self._stuck_after_s:
+            raise RuntimeError(f"the scorer is stuck: a batch is in work for {age_s:.0f} s")
+
     async def is_ready(self) -> bool:
         """Answered while a batch is scored: only a scorer that is gone or stuck does not."""
+        self.check_health()
         return True
 
 
@@ -129,6 +155,8 @@ def reward_application(config: ServiceConfig, digest: bytes) -> serve.Applicatio
         },
         # One batch in work and one that fills up, even if every call is a single sample.
         max_ongoing_requests=max(2 * settings.max_batch_size, round(2 * settings.target_ongoing_requests)),
+        # Beyond these a request is told to come again (503); the longest request always fits.
+        max_queued_requests=max(OPEN_REQUESTS, math.ceil(settings.max_samples_per_request / settings.max_batch_size)),
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={
             "num_cpus": reward.num_cpus,
@@ -144,7 +172,12 @@ def reward_application(config: ServiceConfig, digest: bytes) -> serve.Applicatio
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
     )(Endpoint)
-    bound = scorer.bind(config.scoring, max_batch_size=settings.max_batch_size, batch_wait_s=settings.batch_wait_s)
+    bound = scorer.bind(
+        config.scoring,
+        max_batch_size=settings.max_batch_size,
+        batch_wait_s=settings.batch_wait_s,
+        stuck_after_s=settings.request_timeout_s,
+    )
     return endpoint.bind(settings, digest, bound)
 
 

@@ -109,7 +109,7 @@ def _graph_paths(node: Any, path: Path) -> Iterator[Path]:
     for key, value in node.items():
         if key in GRAPH_KEYS and node.get("kind") != "function":
             yield from ((*path, key, i) for i in range(len(value))) if isinstance(value, list) else [(*path, key)]
-        else:
+        elif key != "json_schema":  # its keys are the user's
             yield from _graph_paths(value, (*path, key))
 
 

@@ -43,6 +43,9 @@ def _check_parts(node: RewardConfig, key: str) -> Found:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield f"{key}.parts.{i}.name", f"{name!r} names two parts, which are logged by name"
+    weights = [getattr(part, "weight", 1.0) for part in getattr(node, "parts", ())]
+    if weights and not any(weights):
+        yield f"{key}.parts", "have weight 0 throughout, by which every score is 0; weigh at least one part"
 
 
 def _check_pattern(pattern: str, key: str) -> Found:
@@ -144,8 +147,11 @@ def _check_gate(node: graph.GateReward, key: str) -> Found:
         yield from _check_pattern(rule.pattern, f"{key}.rules.{i}.pattern")
         for name in rule.weights.keys() - set(names):
             yield f"{key}.rules.{i}.weights", _no_such_part(name, names)
-        if not rule.weights:
-            yield f"{key}.rules.{i}.weights", "is empty, by which every score is 0; weigh at least one part"
+        if not any(rule.weights.values()):
+            yield (
+                f"{key}.rules.{i}.weights",
+                f"is {rule.weights}, by which no part scores such prompts; weigh at least one part",
+            )
 
 
 def _check_route(node: graph.RouteReward, key: str) -> Found:

@@ -147,7 +147,7 @@ class ExplicitReward(ModelLeaf):
 
     kind: Literal["explicit"]
     output: int = Field(default=0, ge=0)
-    """Which output of a classifier with several is the score."""
+    """Which output of several is the score; of a classifier into classes, its log-odds against the rest."""
 
 
 class TokenLevelReward(ModelLeaf):
@@ -224,7 +224,7 @@ class RemoteReward(Leaf):
     token_file: str | None = None
     """File on the reward worker that holds the bearer token."""
     deadline_s: float = Field(default=60.0, gt=0)
-    """For one batch, all attempts and waits included; afterwards the batch has failed."""
+    """For all responses scored in one call, attempts and waits included; what has no answer then has failed."""
     attempt_timeout_s: float = Field(default=20.0, gt=0)
     """For one attempt."""
     retries: int = Field(default=3, ge=0)

@@ -39,7 +39,8 @@ class MSELoss(Settings):
     standardize: bool = True
     """Learn (score - mean) / std of the training scores, per attribute; the constants go into the calibration file."""
     use_rater_std: bool = False
-    """Weight each score by the inverse of its raters' variance (field `score_std`), plus that of the scores."""
+    """Weight each score by 1 / (s^2 + v), scaled to mean 1: s is its raters' deviation (`score_std`), v the variance of
+    the training scores, which bounds the weight of a score on which few raters happened to agree."""
 
 
 class BradleyTerryLoss(Settings):
@@ -143,7 +144,8 @@ class RewardModelConfig(Settings):
     batch_size: int = Field(default=32, ge=1)
     """Prompts in one optimizer step, with all their comparisons."""
     trainable_layers: int | None = Field(default=None, ge=0)
-    """Only the top so many decoder layers (and the head) learn; what lies below is computed once and kept in memory."""
+    """Only the top so many layers (and the head) learn. A decoder's lower layers are computed once a text and kept in
+    memory, unless under ZeRO-3, with layers of different kinds, or where it would take more than 4 GiB."""
 
 
 class RewardEvaluationConfig(Settings):

@@ -1,9 +1,11 @@
 """Whether a reward model's settings make sense together."""
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 
 from raylhf.config.checks import Problem, check_devices, check_placement, problem_at
-from raylhf.config.reward_model import BradleyTerryLoss, MSELoss, TokenAggregateLoss
+from raylhf.config.reward_model import BradleyTerryLoss, EnsembleHead, MSELoss, MultiValueHead, TokenAggregateLoss
 from raylhf.config.run import RewardModelRunConfig
 
 HEADS = {
@@ -29,7 +31,8 @@ DATA = {
 
 def find_reward_model_problems(config: RewardModelRunConfig) -> list[Problem]:
     """Every problem, in the order of the sections."""
-    return [*check_devices(config), *_check_objective(config), *_check_data(config), *check_placement(config)]
+    checks = (check_devices, _check_objective, _check_head, _check_data, check_placement)
+    return [problem for check in checks for problem in check(config)]
 
 
 def _check_objective(config: RewardModelRunConfig) -> Iterator[Problem]:
@@ -50,27 +53,50 @@ def _check_objective(config: RewardModelRunConfig) -> Iterator[Problem]:
             "objective.head.kind",
             f"is {head.kind} with data.kind: {config.data.kind}; attributes and a multi_value head go together",
         )
-    if head.kind == "ensemble" and head.trunk == "lora" and config.learner.lora is None:
-        yield problem_at("learner.lora", "is null, but objective.head.trunk: lora trains an adapter a member; set it")
-    if head.kind == "ensemble" and head.trunk == "shared" and config.learner.lora is not None:
-        yield problem_at(
-            "objective.head.trunk",
-            "is shared, but learner.lora is set; set trunk: lora for an adapter a member, or remove learner.lora",
-        )
     if objective.trainable_layers is not None and config.learner.lora is not None:
         yield problem_at(
             "objective.trainable_layers", "is set beside learner.lora, which freezes all layers; remove one of them"
         )
-    if isinstance(loss, BradleyTerryLoss | TokenAggregateLoss) and loss.use_margin and config.data.kind != "pairs":
+    has_margin = config.data.kind in ("pairs", "scores")  # of scores it is their difference
+    if isinstance(loss, BradleyTerryLoss | TokenAggregateLoss) and loss.use_margin and not has_margin:
         yield problem_at("objective.loss.use_margin", f"is true, but rows of {config.data.kind} have no margin")
     if isinstance(loss, MSELoss) and loss.use_rater_std and config.data.kind != "scores":
         yield problem_at("objective.loss.use_rater_std", "is true, but only rows of scores have a score_std")
+
+
+def _check_head(config: RewardModelRunConfig) -> Iterator[Problem]:
+    head, learner = config.objective.head, config.learner
+    if isinstance(head, MultiValueHead):
+        repeated = [name for name, count in Counter(head.attributes).items() if count > 1]
+        if repeated:
+            yield problem_at("objective.head.attributes", f"names {_listed(tuple(repeated))} twice; name each once")
+    if not isinstance(head, EnsembleHead):
+        return
+    if head.trunk == "lora" and learner.lora is None:
+        yield problem_at("learner.lora", "is null, but objective.head.trunk: lora trains an adapter a member; set it")
+    if head.trunk == "shared" and learner.lora is not None:
+        yield problem_at(
+            "objective.head.trunk",
+            "is shared, but learner.lora is set; set trunk: lora for an adapter a member, or remove learner.lora",
+        )
+    if head.trunk == "lora" and learner.gradient_checkpointing:
+        yield problem_at(
+            "learner.gradient_checkpointing",
+            "is true, but it recomputes layers when another member's adapter may be selected (objective.head.trunk: "
+            "lora); set it to false, or use trunk: shared",
+        )
 
 
 def _check_data(config: RewardModelRunConfig) -> Iterator[Problem]:
     data = config.data
     if data.held_out_path is not None and data.held_out > 0:
         yield problem_at("data.held_out", f"is {data.held_out:g} beside held_out_path; set it to 0")
+    if data.held_out_path is not None:
+        path, held_out = (os.path.realpath(os.path.expanduser(p)) for p in (data.path, data.held_out_path))
+        if path == held_out or (os.path.isfile(held_out) and path == os.path.dirname(held_out)):
+            yield problem_at(
+                "data.held_out_path", "is a part of data.path; give a source of its own, or remove it and set held_out"
+            )
     if data.held_out >= 1 and data.held_out != int(data.held_out):
         yield problem_at("data.held_out", f"is {data.held_out:g}; give a share below 1, or a whole number of prompts")
     if config.evaluation.every_steps > 0 and data.held_out == 0 and data.held_out_path is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from raylhf.config.base import Settings
 from raylhf.config.checks import Problem, problem_at
@@ -12,6 +12,7 @@ from raylhf.config.cluster import ClusterConfig
 from raylhf.config.load import validated
 from raylhf.config.reward import RewardPlaneConfig
 from raylhf.config.reward_checks import find_reward_problems
+from raylhf.config.reward_leaves import Leaf
 from raylhf.config.run import RunConfig
 from raylhf.config.source import Source, read_source
 
@@ -64,7 +65,7 @@ class ServiceConfig(Settings):
     @property
     def scoring(self) -> RewardPlaneConfig:
         """The reward plane where a failed score is only told: no run to stop, and no prompt to sample anew."""
-        return RewardPlaneConfig.model_validate(_without_failure_policies(self.reward.model_dump()))
+        return _without_failure_policies(self.reward)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -115,9 +116,10 @@ def _leave_out_the_run(source: Source) -> None:
 
 
 def _without_failure_policies(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {
-            key: "drop" if key == "on_failure" and isinstance(value, str) else _without_failure_policies(value)
-            for key, value in node.items()
-        }
-    return [_without_failure_policies(item) for item in node] if isinstance(node, list | tuple) else node
+    """`node` with the leaves' `on_failure` at its default; the same word in a leaf's own data is left alone."""
+    if isinstance(node, tuple):
+        return tuple(map(_without_failure_policies, node))
+    if not isinstance(node, BaseModel):
+        return node
+    changes = {name: _without_failure_policies(getattr(node, name)) for name in type(node).model_fields}
+    return node.model_copy(update=changes | ({"on_failure": "drop"} if isinstance(node, Leaf) else {}))

@@ -15,6 +15,7 @@ from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
 from raylhf.driver.report import print_reward_report
 from raylhf.driver.roles import prepare_reward_model
 from raylhf.driver.workers import running_reward_learners
+from raylhf.text.data_report import leaks
 from raylhf.text.judgements import examples_digest, load_split
 from raylhf.tracking.reliability import reliability_plot
 
@@ -29,6 +30,7 @@ class RewardModelJob:
         self.fingerprint = fixed_settings(config, {"the judgements of data.path": digest})
         self.num_steps = config.total_steps(len(split.train))
         self._has_held_out = bool(split.held_out)
+        self._leaks = leaks(split.train, split.held_out)
 
     def run(self, context: RunContext, checkpoint: Checkpoint | None) -> str:
         """Start Ray and the learners, train, export; returns how the training ended."""
@@ -43,6 +45,9 @@ class RewardModelJob:
                 run = RewardRun(config, context, learners, self.num_steps, self._has_held_out)
                 if checkpoint is not None:
                     run.restore(*checkpoint)
+                elif self._has_held_out:
+                    prompts, responses = self._leaks
+                    tracker.log(0, {"data/shared_prompts_count": prompts, "data/shared_responses_count": responses})
                 status = run.train()
                 if config.checkpoint.export and status == "complete":
                     tracker.set_phase("export")
@@ -51,10 +56,9 @@ class RewardModelJob:
 
     def summary(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The held-out loss, first and last."""
-        if not evaluations:
-            return {}
-        first, last = evaluations[0]["metrics"], evaluations[-1]["metrics"]
-        return {"rm_eval/loss_first": first["rm_eval/loss"], "rm_eval/loss_last": last["rm_eval/loss"]}
+        losses = [evaluation["metrics"].get("rm_eval/loss") for evaluation in evaluations]
+        found = {"rm_eval/loss_first": losses[0], "rm_eval/loss_last": losses[-1]} if losses else {}
+        return {key: loss for key, loss in found.items() if loss is not None}
 
     def report(self, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
         """Print the first against the last evaluation."""
@@ -95,14 +99,11 @@ class RewardRun:
             metrics = self._call("update", self.step)
             self.step += 1
             tracker.log(self.step, {**metrics, "time/step_s": seconds()})
+            if self.step == self.num_steps or self.step % (config.evaluation.every_steps or self.num_steps) == 0:
+                self.evaluate()
+            # After the evaluation, which is thus in the checkpoint and not done again when the run is resumed here.
             if self.step % (config.checkpoint.every_steps or self.num_steps) == 0:
                 self.save()
-            every = config.evaluation.every_steps
-            if every and self.step % every == 0 and self.step < self.num_steps:
-                self.evaluate()
-        last = self.context.evaluations[-1]["step"] if self.context.evaluations else -1
-        if last < self.step:
-            self.evaluate()
         return "complete"
 
     def evaluate(self) -> None:

@@ -60,15 +60,15 @@ class Prepared:
 def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
     """Make the models ready to load and measure the prompts."""
     from raylhf.models.chat import encode_prompt
-    from raylhf.models.load import load_model_config, load_tokenizer, prepare_model
+    from raylhf.models.load import load_model_config, load_tokenizer, max_positions, prepare_model
 
     folder = prepare_model(config.model.path, seed=config.seed)
     critic = config.objective.critic.path
     critic_folder = folder if critic is None else prepare_model(critic, seed=config.seed)
     for name in {folder, critic_folder}:  # fails early, with a sentence
         architecture = load_model_config(name, trust_remote_code=config.model.trust_remote_code)
-        context = getattr(architecture, "max_position_embeddings", config.max_model_len)
-        if config.max_model_len > context:
+        context = max_positions(architecture)
+        if context is not None and config.max_model_len > context:
             raise ValueError(
                 f"data.max_prompt_tokens + rollout.sampling.max_response_tokens (or rollout.max_model_len) = "
                 f"{config.max_model_len}, but the context of {name} is {context} tokens; lower them"
@@ -79,12 +79,12 @@ def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
 
 def prepare_reward_model(config: RewardModelRunConfig) -> str:
     """Make the model that a reward model starts from ready to load; returns its folder (or name)."""
-    from raylhf.models.load import load_model_config, prepare_model
+    from raylhf.models.load import load_model_config, max_positions, prepare_model
 
     folder = prepare_model(config.model.path, seed=config.seed)
     architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
-    context = getattr(architecture, "max_position_embeddings", config.data.max_tokens)
-    if config.data.max_tokens > context:
+    context = max_positions(architecture)
+    if context is not None and config.data.max_tokens > context:
         raise ValueError(
             f"data.max_tokens = {config.data.max_tokens}, but the context of {folder} is {context} tokens; lower it"
         )

@@ -1,6 +1,7 @@
 """`raylhf score`: the reward of every row of a file, in this process and without Ray."""
 
 import json
+import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 
 from raylhf.config.reward import RewardPlaneConfig
 from raylhf.rewards import RewardWorker
-from raylhf.rewards.texts import TextSample, rollouts_of_texts
+from raylhf.rewards.texts import MAX_NUM_TOKENS, TextSample, rollouts_of_texts
 from raylhf.rewards.wire import Scored
 from raylhf.text.prompts import parse_messages
 from raylhf.text.sources import read_jsonl
@@ -79,8 +80,7 @@ def score_file(config: RewardPlaneConfig, source: Path, destination: Path | None
     """
     if not source.is_file():
         raise ValueError(f"--input {source}: there is no such file")
-    if sum(1 for _ in read_samples(source, fields)) == 0:
-        raise ValueError(f"--input {source}: holds no rows; give a file with one JSON object a line")
+    check_rows(source, fields)
     scores: list[float | None] = []
     errors: list[str] = []
     with open_new(destination, "--output") as out:
@@ -89,11 +89,25 @@ def score_file(config: RewardPlaneConfig, source: Path, destination: Path | None
         for scored in scorer.score(sample for _, sample in read_samples(source, fields)):
             for i, row in enumerate(islice(rows, len(scored))):
                 result = {"score": scored.scores[i], "parts": {name: part[i] for name, part in scored.parts.items()}}
-                out.write(json.dumps(row | result, ensure_ascii=False) + "\n")
+                out.write(json.dumps(row | result) + "\n")
             out.flush()
             scores += scored.scores
             errors += scored.errors
     return ScoreSummary(np.array([np.nan if score is None else score for score in scores]), tuple(errors))
+
+
+def check_rows(source: Path, fields: RowFields) -> None:
+    """Raises: ValueError: there are no rows, or one is malformed or holds a number that JSON lacks."""
+    num_rows = 0
+    for where, row in read_jsonl(source):
+        parse_sample(row, fields, where=where)
+        try:
+            json.dumps(row, allow_nan=False)
+        except ValueError as error:  # Python's parser takes NaN, Infinity and 1e999
+            raise ValueError(f"{where}: a number is NaN or infinite, which JSON does not have; write null") from error
+        num_rows += 1
+    if num_rows == 0:
+        raise ValueError(f"--input {source}: holds no rows; give a file with one JSON object a line")
 
 
 def read_samples(source: Path, fields: RowFields) -> Iterator[tuple[str, TextSample]]:
@@ -118,8 +132,10 @@ def parse_sample(row: dict[str, Any], fields: RowFields, *, where: str) -> TextS
     is_truncated, num_tokens = row.get("is_truncated", False), row.get("num_tokens")
     if not isinstance(is_truncated, bool):
         raise ValueError(f"{where}: is_truncated is {is_truncated!r}; it must be true or false")
-    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
-        raise ValueError(f"{where}: num_tokens is {num_tokens!r}; it must be a whole number from 0, or null")
+    if num_tokens is not None and (type(num_tokens) is not int or not 0 <= num_tokens <= MAX_NUM_TOKENS):
+        raise ValueError(
+            f"{where}: num_tokens is {num_tokens!r}; it must be a whole number from 0 to {MAX_NUM_TOKENS}, or null"
+        )
     return TextSample(
         messages=parse_messages(row[fields.prompt], None, where=where) if row[fields.prompt] else (),
         response=response,
@@ -136,9 +152,9 @@ def open_new(destination: Path | None, option: str) -> Iterator[TextIO]:
         yield sys.stdout
         return
     require_new(destination, option)
-    partial = destination.with_name(f"{destination.name}.partial")
+    partial = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as out:
+        with partial.open("x", encoding="utf-8") as out:
             yield out
         partial.rename(destination)
     except OSError as error:

@@ -30,6 +30,8 @@ class Row:
     """The token that holds the last character of each step, int64 [n]; -1 where the text was cut before it."""
     is_truncated: bool
     """Whether prompt or response were cut to data.max_tokens."""
+    is_response_cut: bool
+    """Whether the response itself lost tokens."""
 
     @cached_property
     def key(self) -> bytes:
@@ -89,8 +91,25 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: RewardExample, *
         if not response_mask.any():
             response_mask[-1] = True
         ends = example.step_ends[i] if example.step_ends else np.zeros(0, dtype=np.int64)
-        rows.append(Row(encoded.ids, response_mask, encoded.tokens_at(ends), encoded.is_truncated))
+        rows.append(
+            Row(
+                ids=encoded.ids,
+                response_mask=response_mask,
+                step_tokens=encoded.tokens_at(ends),
+                is_truncated=encoded.is_truncated,
+                is_response_cut=encoded.is_response_cut,
+            )
+        )
     return EncodedExample(example=example, rows=tuple(rows))
+
+
+def cut_counts(rows: Sequence[Row]) -> dict[str, float]:
+    """What data.max_tokens took from `rows`, by the end of the metric's key."""
+    return {
+        "truncated_count": float(sum(row.is_truncated for row in rows)),
+        "response_cut_count": float(sum(row.is_response_cut for row in rows)),
+        "steps_lost_count": float(sum((row.step_tokens < 0).sum() for row in rows)),
+    }
 
 
 def pad_rows_of_tokens(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:

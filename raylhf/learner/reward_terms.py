@@ -225,6 +225,30 @@ def num_units(encoded: EncodedExample, loss: RewardLoss) -> int:
     return int(bool(encoded.example.pairs))
 
 
+def require_units(examples: Sequence[EncodedExample], loss: RewardLoss, *, part: str) -> None:
+    """Refuse a `part` of the data (`training`, `held-out`) from which the loss can take nothing.
+
+    Raises:
+        ValueError: no example has a unit.
+    """
+    if any(num_units(encoded, loss) for encoded in examples):
+        return
+    if isinstance(loss, MSELoss):
+        why = "no response has a score; give scores"
+    elif isinstance(loss, ProcessLoss):
+        num_labels = sum((~np.isnan(own)).sum() for encoded in examples for own in encoded.example.step_labels)
+        why = "no step has a label; give labels"
+        if num_labels:
+            why = f"data.max_tokens cuts off all {num_labels} labelled steps; raise it"
+    else:
+        why = (
+            "none has two responses of which one is judged better; give comparisons or several responses a prompt "
+            "(of single scores, loss mse can learn)"
+        )
+    elsewhere = ", or hold out others (data.held_out, data.held_out_path)" if part == "held-out" else ""
+    raise ValueError(f"data: loss {loss.kind} finds nothing in the {len(examples)} {part} prompts: {why}{elsewhere}")
+
+
 def loss_sum(
     batch: RowBatch,
     scores: Tensor,

@@ -18,7 +18,7 @@ from raylhf.algos.reward_losses import bootstrap_weights
 from raylhf.config.reward_model import EnsembleHead
 from raylhf.config.run import RewardModelRunConfig
 from raylhf.learner.engine import optimizer_step
-from raylhf.learner.reward_batch import EncodedExample, RowBatch, deal, draw, pack_examples, pack_rows
+from raylhf.learner.reward_batch import EncodedExample, RowBatch, cut_counts, deal, draw, pack_examples, pack_rows
 from raylhf.learner.reward_scorer import RowScorer
 from raylhf.learner.reward_targets import TargetScale
 from raylhf.learner.reward_terms import flat_pairs, loss_sum, num_units, response_scores
@@ -74,7 +74,7 @@ class RewardUpdate:
         started = time.perf_counter()
         totals = Totals(self._device)
         totals.add(loss=0.0, scores=0.0, squares=0.0, responses=0.0, gaps=0.0, wins=0.0, pairs=0.0)
-        totals.add(tokens=0.0, truncated=0.0)
+        totals.add(tokens=0.0, **cut_counts(()))
         losses = [loss for job in self._jobs(step) for loss in self._micro_losses(job, totals)]
         lr = self._config.learner.lr * self._lr_scale(step)
         grad_norm = optimizer_step(self._engine, losses, [lr])
@@ -89,7 +89,7 @@ class RewardUpdate:
             "rm/lr": lr,
             "rm/num_tokens": sums["tokens"],
             "rm/tokens_per_s": sums["tokens"] / (time.perf_counter() - started),
-            "rm/truncated_count": sums["truncated"],
+            **{f"rm/{key}": sums[key] for key in cut_counts(())},
         }
         if sums["pairs"]:
             metrics["rm/accuracy"] = sums["wins"] / sums["pairs"]
@@ -135,7 +135,7 @@ class RewardUpdate:
     def _micro_losses(self, job: Job, totals: Totals) -> Iterator[MicroLoss]:
         """As many as on every other rank; their sum over ranks is the batch's loss."""
         rows = _rows(job.examples)
-        totals.add(tokens=sum(len(row.ids) for row in rows), truncated=sum(row.is_truncated for row in rows))
+        totals.add(tokens=sum(len(row.ids) for row in rows), **cut_counts(rows))
         found = self._surrogates(job, totals) if job.in_two_passes else self._direct_losses(job, totals)
         yield from found
         for _ in range(job.num_micro_batches - len(found)):

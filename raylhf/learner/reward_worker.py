@@ -35,6 +35,7 @@ from raylhf.learner.reward_batch import (
     EncodedExample,
     Row,
     RowBatch,
+    cut_counts,
     deal,
     encode_example,
     pack_rows,
@@ -42,16 +43,13 @@ from raylhf.learner.reward_batch import (
 from raylhf.learner.reward_report import ScoredExample, evaluation_report, reliability_lists
 from raylhf.learner.reward_scorer import RowScorer
 from raylhf.learner.reward_targets import TargetScale, target_scale
-from raylhf.learner.reward_terms import loss_sum, num_units, response_scores
+from raylhf.learner.reward_terms import loss_sum, num_units, require_units, response_scores
 from raylhf.learner.reward_update import RewardUpdate
 from raylhf.models.calibration import Calibration, template_hash, tokenizer_hash
 from raylhf.models.load import load_model_config, load_tokenizer
 from raylhf.models.reward import build_reward_model, export_reward_model
 from raylhf.models.reward_model import Aggregate
 from raylhf.text.judgements import examples_digest, load_split
-
-LOGISTIC_LOSSES = ("bradley_terry", "plackett_luce", "token_aggregate")
-"""Those for which the sigmoid of a gap is a probability."""
 
 
 class RewardLearnerWorker:
@@ -86,7 +84,7 @@ class RewardLearnerWorker:
         """Read the judgements, join the other ranks, build the model; returns how much there is to train on.
 
         Raises:
-            ValueError: the judgements are malformed, or not the same on every rank.
+            ValueError: the judgements are malformed, hold nothing for the loss, or are not the same on every rank.
         """
         config, learner = self._config, self._config.learner
         torch.set_num_threads(learner.threads)
@@ -134,6 +132,9 @@ class RewardLearnerWorker:
             for examples in (split.train, split.held_out)
         )
         loss = config.objective.loss
+        require_units(self._train, loss, part="training")
+        if self._held_out:
+            require_units(self._held_out, loss, part="held-out")
         names = self._attributes or ("score",)
         self._scale = target_scale(split.train, names, loss) if isinstance(loss, MSELoss) else None
         return examples_digest([*split.train, *split.held_out])
@@ -164,8 +165,8 @@ class RewardLearnerWorker:
     def evaluate(self) -> dict[str, Any]:
         """Scores of the held-out responses against their judgements.
 
-        Rank 0 gets `metrics`, `samples`, `reliability` (plain lists) and `subsets`; the others, and all ranks where
-        nothing is held out, an empty dictionary.
+        Rank 0 gets `metrics`, `samples` and `reliability` (plain lists); the others, and all ranks where nothing is
+        held out, an empty dictionary.
         """
         if not self._held_out:
             return {}
@@ -177,19 +178,19 @@ class RewardLearnerWorker:
         scored = scored_examples(batch, scores, self._config)
         report = evaluation_report(
             scored,
+            loss=objective.loss,
             members=self._num_members,
             attributes=self._attributes,
-            is_logistic=objective.loss.kind in LOGISTIC_LOSSES,
             num_bins=evaluation.num_bins,
         )
         units = sum(num_units(encoded, objective.loss) for encoded in self._held_out)
         total = loss_sum(batch, scores, loss=objective.loss, scale=self._scale, by_member=self._num_members > 0)
-        loss = {"rm_eval/loss": total.item() / units / max(self._num_members, 1)} if units else {}
+        loss = {"rm_eval/loss": total.item() / units / max(self._num_members, 1)}
+        cuts = {f"rm_eval/{key}": count for key, count in cut_counts(batch.rows).items()}
         return {
-            "metrics": loss | report.metrics,
+            "metrics": loss | report.metrics | cuts,
             "samples": [sample_of(s) for s in scored[: evaluation.num_samples]],
             "reliability": reliability_lists(report.reliability),
-            "subsets": report.subsets,
         }
 
     @torch.no_grad()

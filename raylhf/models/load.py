@@ -23,6 +23,11 @@ from transformers import (
 from raylhf.models.tiny import write_tiny_model
 
 PACKAGE_PREFIX = "package:"
+_POSITIONS_AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+"""Types of models whose first position follows the pad token's id, as RoBERTa's."""
 _DROPOUTS = (
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "classifier_dropout",
     "hidden_dropout_prob", "attention_probs_dropout_prob",
@@ -198,3 +203,11 @@ def _convert_gguf(file: Path, folder: str) -> str:
 def load_model_config(folder: str, *, trust_remote_code: bool = False) -> Any:
     """The model's architecture, without its weights."""
     return _load(AutoConfig.from_pretrained, folder, trust_remote_code=trust_remote_code)
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest text that a model of this architecture can read, in tokens; None where it does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "model_type", None) not in _POSITIONS_AFTER_PADDING:
+        return limit
+    return limit - config.pad_token_id - 1

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from raylhf.config.learner import LoRAConfig
 from raylhf.config.reward_model import EnsembleHead, MultiValueHead, RewardHead
 from raylhf.models.adapters import ADAPTER, add_lora, lora_layers, merged_state
-from raylhf.models.calibration import Calibration
+from raylhf.models.calibration import Calibration, tokenizer_hash
 from raylhf.models.load import load_classifier, load_model_config, load_tokenizer
 from raylhf.models.reward_model import NORMS, Aggregate, RewardKind, RewardModel, norm_name
 
 HEAD_FILE = "raylhf_reward.json"
 ENSEMBLE_FILE = "raylhf_ensemble.json"
+PAD_TOKEN = "<|pad|>"
 
 
 def build_reward_model(
@@ -40,6 +42,9 @@ def build_reward_model(
 
     Trained are: with `lora` the adapters and the head, with `trainable_layers` the top so many layers, the final norm
     and the head, otherwise everything. `aggregate` says how a token head is trained; its folder records it.
+
+    Raises:
+        ValueError: the settings exclude each other, or the model has no place for what is to be trained or exported.
     """
     if lora is not None and trainable_layers is not None:
         raise ValueError(
@@ -61,6 +66,8 @@ def build_reward_model(
     if kind == "token" and aggregate == "steps":
         kind = "process"
     model = RewardModel(hf, kind=kind, names=names, separator_id=_separator_id(folder, hf), aggregate=aggregate)
+    if model.is_decoder and not model.is_token_level:
+        _require_padding(folder, hf, trust_remote_code=trust_remote_code)
     layer: Any = hf.get_submodule(model.head_name)
     if f"{model.head_name}.weight" in missing:
         _draw_head(layer, seed)
@@ -82,11 +89,14 @@ def export_reward_model(
     """Write an ordinary Hugging Face folder with head and calibration files.
 
     `state` is the full weights on the CPU, by name as in `model.hf.named_parameters()`. Adapters are merged into the
-    weights. An ensemble of LoRA members becomes a complete folder each (`member_0`, ...) under `folder`.
+    weights. An ensemble of LoRA members becomes a complete folder each (`member_0`, ...) under `folder`. The tokenizer
+    gets a pad token that is not its EOS, and the calibration the hash of what is written.
     """
     lacking = [name for name, _ in model.hf.named_parameters() if name not in state]
     assert not lacking, f"the weights to export lack {lacking[0]}"
-    tokenizer = _with_padding(tokenizer)
+    tokenizer = _with_padding(tokenizer, model.hf.config.vocab_size)
+    if calibration is not None:
+        calibration = replace(calibration, tokenizer_hash=tokenizer_hash(tokenizer))
     if not model.lora_members:
         weights = merged_state(model.hf, state, adapter=ADAPTER) if lora_layers(model.hf) else dict(state)
         _write_folder(model, folder, weights, tokenizer, model.kind, model.names, calibration)
@@ -149,6 +159,9 @@ def load_reward_model(
         calibration=Calibration.read(folder),
         aggregate=aggregate,
     )
+    is_foreign = not Path(folder, HEAD_FILE).is_file()
+    is_multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
+    model.is_softmax = is_foreign and kind == "multi_value" and not is_multi_label
     model.requires_grad_(False).eval()
     return model
 
@@ -166,14 +179,30 @@ def _recorded_head(folder: str, config: Any, is_token_level: bool) -> tuple[Rewa
     return "multi_value", tuple(str(config.id2label[i]) for i in range(config.num_labels)), "mean"
 
 
-def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy whose pad token never ends a text: Hugging Face's pooling reads the last token that is not padding."""
+def _require_padding(folder: str, hf: PreTrainedModel, *, trust_remote_code: bool) -> None:
+    """ValueError where an exported folder would score texts otherwise than they were trained."""
+    tokenizer = _with_padding(load_tokenizer(folder, trust_remote_code=trust_remote_code), hf.config.vocab_size)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise ValueError(
+            f"the tokenizer of {folder!r} has no special token besides {tokenizer.eos_token!r}, and the model's "
+            f"vocabulary of {hf.config.vocab_size} has no free place for a pad token, without which transformers would "
+            "read a text's score one token early; add a token and resize the model's embeddings"
+        )
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> PreTrainedTokenizerBase:
+    """A copy whose pad token never ends a text: Hugging Face's pooling reads the last token that is not padding.
+
+    Where no special token serves, one is added if the model has an embedding to spare; else the pad token stays.
+    """
     tokenizer = copy.deepcopy(tokenizer)
     eos: Any = tokenizer.eos_token
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     candidates = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special]
     if found := [token for token in candidates if token is not None and token != eos]:
         tokenizer.pad_token = found[0]
+    elif max(tokenizer.get_vocab().values()) + 1 < num_embeddings:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
 
 

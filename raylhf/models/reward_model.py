@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from raylhf.models.adapters import one_adapter
 from raylhf.models.calibration import Calibration
+from raylhf.models.load import max_positions
 
 RewardKind = Literal["scalar", "token", "process", "multi_value", "ensemble"]
 Aggregate = Literal["sum", "mean", "last", "steps"]
-NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 class ScoreLayer(nn.Module):
@@ -58,6 +59,8 @@ class RewardModel(nn.Module):
         self.calibration = calibration
         self.aggregate: Aggregate = aggregate
         """How the scores of a token head were trained: as a sum, a mean, at the last token, at the ends of steps."""
+        self.is_softmax = False
+        """Whether the outputs are a classifier's logits, which mean something only against each other."""
         self.lora_members: tuple[str, ...] = ()
         """Adapters of an ensemble whose members have one each; member k reads output k."""
         self.frozen_depth = 0
@@ -84,10 +87,7 @@ class RewardModel(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """The longest text that the model can read, in tokens; None where it does not say."""
-        limit = getattr(self.hf.config, "max_position_embeddings", None)
-        embeddings = getattr(getattr(self.trunk, "embeddings", None), "position_embeddings", None)
-        reserved = getattr(embeddings, "padding_idx", None)  # RoBERTa's positions begin after it
-        return limit if limit is None or reserved is None else limit - reserved - 1
+        return max_positions(self.hf.config)
 
     def forward(
         self, tokens: Tensor | None, lengths: Tensor, *, member: int | None = None, hidden: Tensor | None = None

@@ -22,6 +22,8 @@ class EncodedText:
     """First character of the response in each token and the one after its last, int64 [L, 2]; (-1, -1) outside."""
     is_truncated: bool
     """Whether the conversation was longer than max_tokens."""
+    is_response_cut: bool
+    """Whether max_tokens cut tokens of the response, not of the prompt alone."""
 
     @property
     def in_response(self) -> np.ndarray:
@@ -37,7 +39,7 @@ class EncodedText:
         found = [np.flatnonzero(starts < end) for end in ends]
         return np.array(
             [
-                tokens[-1] if len(tokens) and (end <= last_end or not self.is_truncated) else -1
+                tokens[-1] if len(tokens) and (end <= last_end or not self.is_response_cut) else -1
                 for tokens, end in zip(found, ends, strict=True)
             ],
             dtype=np.int64,
@@ -51,7 +53,8 @@ def encode_judged(
 
     With a chat template: the rendered conversation, the response as the assistant's turn. Without: an encoder reads
     the pair (prompt, response), another model prompt, blank line, response and end-of-sequence token. No messages:
-    the response alone. Too long: the prompt's beginning is cut first, then the response's end.
+    the response alone. Too long: the prompt's beginning is cut first, then the response's end. What stands between
+    the last turn and the response (the assistant's header) stays, unless it takes more than half of max_tokens.
 
     Raises:
         ValueError: the tokenizer is not a fast one, or its chat template refuses the conversation.
@@ -60,12 +63,12 @@ def encode_judged(
     if tokenizer.chat_template is not None:
         framed = _framed(tokenizer, messages, response)
         if framed is not None:
-            return _encode_framed(tokenizer, *framed, max_tokens=max_tokens)
+            return _encode_framed(tokenizer, messages, *framed, max_tokens=max_tokens)
     prompt = "\n\n".join(message["content"] for message in messages)
     if tokenizer.cls_token is None or tokenizer.sep_token is None:
         before = prompt + "\n\n" if prompt else ""
         frame = (before, response, "", 0)
-        return _encode_framed(tokenizer, *frame, max_tokens=max_tokens, with_special_tokens=True)
+        return _encode_framed(tokenizer, messages, *frame, max_tokens=max_tokens, with_special_tokens=True)
     encoding = backend.encode(prompt, response) if prompt else backend.encode(response)
     sequence = np.array([-1 if s is None else s for s in encoding.sequence_ids])
     in_response = sequence == (1 if prompt else 0)
@@ -86,6 +89,7 @@ def encode_prompt_alone(tokenizer: PreTrainedTokenizerBase, messages: Messages, 
         encoding = backend.encode(_render(tokenizer, messages), add_special_tokens=False)
     ids = np.array(encoding.ids, dtype=np.int64)
     is_prompt = np.array([s is not None for s in encoding.sequence_ids], dtype=bool)
+    is_prompt[:1] &= ids[:1] != tokenizer.bos_token_id
     return _cut(ids=ids, spans=np.full((len(ids), 2), -1), is_prompt=is_prompt, max_tokens=max_tokens)
 
 
@@ -131,6 +135,7 @@ def _framed(tokenizer: PreTrainedTokenizerBase, messages: Messages, response: st
 
 def _encode_framed(
     tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
     before: str,
     middle: str,
     after: str,
@@ -148,12 +153,25 @@ def _encode_framed(
     spans = np.where(in_response[:, None], np.clip(offsets, start, end) - start + shift, -1)
     is_frame = np.array(encoding.special_tokens_mask, dtype=bool)
     is_prompt = ~in_response & (offsets[:, 0] < start) & ~is_frame
+    is_prompt[:1] &= ids[:1] != tokenizer.bos_token_id
+    is_header = is_prompt & (offsets[:, 0] >= _header_start(messages, before))
+    if 2 * is_header.sum() <= max_tokens:  # else it would crowd out the response
+        is_prompt &= ~is_header
     eos: Any = tokenizer.eos_token_id
     if with_special_tokens and eos is not None and (len(ids) == 0 or ids[-1] != eos):
         ids = np.append(ids, eos)
         spans = np.concatenate([spans, [[-1, -1]]])
         is_prompt = np.append(is_prompt, False)
     return _cut(ids=ids, spans=spans, is_prompt=is_prompt, max_tokens=max_tokens)
+
+
+def _header_start(messages: Messages, before: str) -> int:
+    """Where the last turn's content ends in `before`; the end of `before` where a template has rewritten it."""
+    if not messages:
+        return 0
+    content = (messages[-1].get("content") or "").strip()  # templates strip contents
+    start = before.rfind(content) if content else -1
+    return len(before) if start < 0 else start + len(content)
 
 
 def _cut(*, ids: np.ndarray, spans: np.ndarray, is_prompt: np.ndarray, max_tokens: int) -> EncodedText:
@@ -163,4 +181,9 @@ def _cut(*, ids: np.ndarray, spans: np.ndarray, is_prompt: np.ndarray, max_token
     in_response = np.flatnonzero(spans[:, 0] >= 0)
     from_response = in_response[max(len(in_response) - (excess - len(from_prompt)), 0) :]
     kept = np.delete(np.arange(len(ids)), np.concatenate([from_prompt, from_response]))
-    return EncodedText(ids=ids[kept], spans=spans[kept].astype(np.int64), is_truncated=excess > 0)
+    return EncodedText(
+        ids=ids[kept],
+        spans=spans[kept].astype(np.int64),
+        is_truncated=excess > 0,
+        is_response_cut=len(from_response) > 0,
+    )

@@ -50,8 +50,6 @@ class BuildContext:
     """Where reward models run."""
     batch_tokens: int = 16_384
     """Token budget of one forward pass of a reward model, padding included."""
-    threads: int = 1
-    """Compute threads on a CPU."""
     state: RewardState = field(default_factory=RewardState)
     """What the graph's nodes remember."""
     seed: int = 0

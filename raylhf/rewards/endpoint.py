@@ -6,12 +6,14 @@ The endpoint is handed the scoring itself as a coroutine; `raylhf.cluster.servin
 import asyncio
 import hashlib
 import hmac
+import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.requests import ClientDisconnect, Request
@@ -25,6 +27,8 @@ PROBE_TIMEOUT_S = 5.0
 """For the scorer's answer to a question about its health."""
 PROBE_EVERY_S = 1.0
 """Health may be asked without a token, so the scorer is not asked more often than this."""
+MAX_ERROR_CHARACTERS = 300
+"""Of what the scorer says about its own failure."""
 MIN_TOKEN_CHARACTERS = 16
 TOKEN_REMEDY = 'make one with `python -c "import secrets; print(secrets.token_urlsafe(32))"`'
 METHODS = {"/score": "POST", "/metrics": "GET", "/health": "GET"}
@@ -94,11 +98,14 @@ class ScoreEndpoint:
             return await self._health()
         if path == "/metrics":
             return self.metrics.page() if self._is_authorized(request) else _unauthorized()
-        started = time.perf_counter()
-        response = await self._answer(request) if self._is_authorized(request) else _unauthorized()
-        self.metrics.requests.labels(status=str(response.status_code)).inc()
-        self.metrics.seconds.observe(time.perf_counter() - started)
-        return response
+        started, status = time.perf_counter(), "none"
+        try:
+            response = await self._answer(request) if self._is_authorized(request) else _unauthorized()
+            status = str(response.status_code)
+            return response
+        finally:  # a request that is cancelled is counted as well
+            self.metrics.requests.labels(status=status).inc()
+            self.metrics.seconds.observe(time.perf_counter() - started)
 
     def _is_authorized(self, request: Request) -> bool:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -114,6 +121,9 @@ class ScoreEndpoint:
                 body = await read_body(request, max_bytes=self._config.max_request_bytes)
                 samples = parse_request(body, max_samples=self._config.max_samples_per_request)
                 scored = await self._score(samples) if samples else Scored([], {}, [])
+            answer = Answer(scored.answer())
+            self.metrics.count(scored)
+            return answer
         except RequestError as error:
             return _refusal(error.status, error.sentence)
         except ClientDisconnect:
@@ -128,9 +138,8 @@ class ScoreEndpoint:
             return _refusal(503, str(error), {"Retry-After": "1"})
         except Exception as error:  # the scorer's own failure; the server goes on, and the caller is told
             log.exception("scoring failed")
-            return _refusal(500, f"scoring failed: {type(error).__name__}: {str(error).splitlines()[0]:.300}")
-        self.metrics.count(scored)
-        return JSONResponse(scored.answer())
+            said = next(iter(str(error).splitlines()), "")[:MAX_ERROR_CHARACTERS]
+            return _refusal(500, f"scoring failed: {type(error).__name__}" + (f": {said}" if said else ""))
 
     async def _health(self) -> Response:
         async with self._probe_lock:
@@ -138,8 +147,8 @@ class ScoreEndpoint:
                 self._is_healthy = await self._scorer_answers()
                 self._probed_at = time.monotonic()
         if self._is_healthy:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "the scorer does not answer"}, status_code=503)
+            return Answer({"status": "ok"})
+        return Answer({"status": "the scorer does not answer"}, status_code=503)
 
     async def _scorer_answers(self) -> bool:
         try:
@@ -218,9 +227,16 @@ class EndpointMetrics:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
+class Answer(JSONResponse):
+    """JSON in UTF-8 whatever the sentences hold: half of a surrogate pair, which UTF-8 lacks, becomes `?`."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
+
+
 def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
     """An error. The connection is closed with it, so that the rest of a body is not waited for."""
-    return JSONResponse({"error": sentence}, status_code=status, headers={"Connection": "close", **(headers or {})})
+    return Answer({"error": sentence}, status_code=status, headers={"Connection": "close", **(headers or {})})
 
 
 def _unauthorized() -> Response:

@@ -43,13 +43,14 @@ def uncertainty_weighted(members: np.ndarray, *, coef: float) -> Combined:
 def kl_dro(members: np.ndarray, *, beta: float) -> Combined:
     """-beta log mean exp(-r / beta): the worst mean over mixtures of members within a KL ball around equal shares.
 
-    The mean as beta grows, the minimum as it goes to 0. Shifted by the minimum, so no exponential overflows.
+    The mean as beta grows, the minimum as it goes to 0. Shifted by the minimum, so no exponential overflows; by expm1
+    and log1p, so that a large beta does not round the members away.
     """
     lowest = worst_case(members).scores
-    with np.errstate(under="ignore"):
-        shrunk = np.exp(-(members - lowest[:, None]) / beta)
+    with np.errstate(under="ignore", over="ignore"):
+        shrunk = np.expm1(-(members - lowest[:, None]) / beta)
     mean, _, _ = _mean_and_variance(shrunk)
-    return Combined(lowest - beta * np.log(mean), softmax(-members, temperature=beta))
+    return Combined(lowest - beta * np.log1p(mean), softmax(-members, temperature=beta))
 
 
 def tchebycheff(members: np.ndarray, *, weights: Sequence[float], ideal: Sequence[float]) -> Combined:
@@ -65,13 +66,14 @@ def weighted_sum(members: np.ndarray, weights: ArrayLike) -> Combined:
     """sum_j weight_j r_j with `weights` [M] or [B, M].
 
     Where a member is left out, the others' weights grow, so that the row's weights keep their sum of absolute values:
-    a missing source is neither a 0 nor a smaller reward.
+    a missing source is neither a 0 nor a smaller reward. Weights whose sum overflows give NaN or an infinity.
     """
     every = np.broadcast_to(np.asarray(weights, dtype=float), members.shape)
     present = np.where(np.isnan(members), 0.0, every)
-    wanted, left = np.abs(every).sum(axis=1), np.abs(present).sum(axis=1)
-    grown = present * np.divide(wanted, left, out=np.ones(len(members)), where=left > 0)[:, None]
-    return Combined(_or_nan(members, (grown * np.nan_to_num(members)).sum(axis=1)), grown)
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted, left = np.abs(every).sum(axis=1), np.abs(present).sum(axis=1)
+        grown = present * np.divide(wanted, left, out=np.ones(len(members)), where=left > 0)[:, None]
+        return Combined(_or_nan(members, (grown * np.nan_to_num(members)).sum(axis=1)), grown)
 
 
 def softmax(logits: np.ndarray, *, temperature: float) -> np.ndarray:

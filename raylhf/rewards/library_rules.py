@@ -1,10 +1,14 @@
-"""Leaves that score a response's text by a library: language, spelling, usage, toxicity."""
+"""Leaves that score a response's text by a library: language, spelling, usage, toxicity.
+
+They score its first MAX_LIBRARY_CHARACTERS characters.
+"""
 
 import re
 import unicodedata
 from typing import Literal
 
 from raylhf.batch import RewardOutput, Rollouts
+from raylhf.rewards.rules import MAX_LIBRARY_CHARACTERS
 from raylhf.rewards.validity import score_each
 
 
@@ -26,7 +30,7 @@ class LanguageReward:
         self._language = language
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        return score_each("language", rollouts, lambda _, text: self.score_text(text))
+        return score_each("language", rollouts, lambda _, text: self.score_text(text[:MAX_LIBRARY_CHARACTERS]))
 
     def score_text(self, text: str) -> float:
         """The score of one response."""
@@ -53,7 +57,7 @@ class SpellingReward:
         self._dictionary = SpellChecker(language=language)
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        return score_each("spelling", rollouts, lambda _, text: self.score_text(text))
+        return score_each("spelling", rollouts, lambda _, text: self.score_text(text[:MAX_LIBRARY_CHARACTERS]))
 
     def score_text(self, text: str) -> float:
         """The score of one response."""
@@ -96,7 +100,7 @@ class WritingReward:
         self._config = Config(max_errors=DEFAULT["max_errors"], checks=checks)
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        return score_each("writing", rollouts, lambda _, text: self.score_text(text))
+        return score_each("writing", rollouts, lambda _, text: self.score_text(text[:MAX_LIBRARY_CHARACTERS]))
 
     def score_text(self, text: str) -> float:
         """The score of one response; words are what white space separates."""
@@ -120,4 +124,8 @@ class ToxicityReward:
         self._probability = predict_prob
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        return score_each("toxicity", rollouts, lambda _, text: -self._probability([text])[0])
+        return score_each("toxicity", rollouts, lambda _, text: self.score_text(text[:MAX_LIBRARY_CHARACTERS]))
+
+    def score_text(self, text: str) -> float:
+        """The score of one text."""
+        return -self._probability([text])[0]

@@ -12,6 +12,7 @@ from raylhf.batch import Prompt, RewardOutput, Rollouts
 from raylhf.config import reward_leaves as settings
 from raylhf.models.reward import member_folders
 from raylhf.rewards.dense_leaves import ImplicitModelReward, ProcessModelReward, TokenLevelModelReward
+from raylhf.rewards.fusion import softmax
 from raylhf.rewards.model_serving import ServedModel, output_of, require_head, serve
 
 if TYPE_CHECKING:  # build imports this file
@@ -32,7 +33,8 @@ _PROMPT_TOKENS = 2048
 
 
 class ExplicitModelReward:
-    """One output of a sequence classifier."""
+    """One output of a sequence classifier; of one into several classes, the log-odds of the class against the rest,
+    as its logits are defined only up to a constant for each text."""
 
     arity: Literal["point", "group"] = "point"
 
@@ -50,14 +52,17 @@ class ExplicitModelReward:
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         outputs, errors = _pooled(self._served, rollouts)
-        return output_of("explicit", rollouts, outputs[:, self._output], errors)
+        scores = outputs[:, self._output]
+        if self._served.model.is_softmax:
+            scores = scores - np.logaddexp.reduce(np.delete(outputs, self._output, axis=1), axis=1)
+        return output_of("explicit", rollouts, scores, errors)
 
 
 class EnsembleModelReward:
-    """The members' scores as a vector, and their mean.
+    """The members' scores as a vector, and their mean. A member without a finite score for a response is left out.
 
-    Where every member has a calibration, each is standardised by its own first: on different scales, their spread
-    would measure offsets instead of disagreement.
+    Members with calibrations are standardised by their own first: on different scales, their spread would measure
+    offsets instead of disagreement.
     """
 
     arity: Literal["point", "group"] = "point"
@@ -71,7 +76,13 @@ class EnsembleModelReward:
         calibrations = [member.model.calibration for member in self._members]
         known = [calibration for calibration in calibrations if calibration is not None]
         self._mean, self._std = np.zeros(len(self._names)), np.ones(len(self._names))
-        if len(known) == len(calibrations):
+        if known and len(known) < len(calibrations):
+            without = folders[calibrations.index(None)]
+            raise ValueError(
+                f"ensemble reward: {len(known)} of {len(calibrations)} models have a calibration file, and {without!r} "
+                "has none: their scores would be on different scales; give calibrations to all of them or to none"
+            )
+        if known:
             self._mean = np.concatenate([calibration.mean for calibration in known])
             std = np.concatenate([calibration.std for calibration in known])
             self._std = np.where(std > 0, std, 1.0)
@@ -79,8 +90,13 @@ class EnsembleModelReward:
     def score(self, rollouts: Rollouts) -> RewardOutput:
         judged = [_pooled(member, rollouts) for member in self._members]
         vector = (np.concatenate([outputs for outputs, _ in judged], axis=1) - self._mean) / self._std
-        errors = {row: reason for _, reasons in judged for row, reason in reasons.items()}
-        return output_of("ensemble", rollouts, vector.mean(axis=1), errors, vector=vector, names=self._names)
+        is_scored = np.isfinite(vector)
+        vector = np.where(is_scored, vector, np.nan)
+        num_scored = is_scored.sum(axis=1)
+        totals = np.where(is_scored, vector, 0.0).sum(axis=1)
+        mean = np.divide(totals, num_scored, out=np.full(len(rollouts), np.nan), where=num_scored > 0)
+        reasons = {row: reason for _, found in judged for row, reason in found.items() if num_scored[row] == 0}
+        return output_of("ensemble", rollouts, mean, reasons, vector=vector, names=self._names)
 
 
 class MultiValueModelReward:
@@ -119,11 +135,18 @@ class PromptClassifier:
             )
         self._temperature = temperature
 
-    def weights(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """softmax(outputs / temperature), float64 [B, J]: each row sums to 1."""
-        logits = self._served.classify(prompts) / self._temperature
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
+    def weights(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, dict[int, str]]:
+        """softmax(outputs / temperature), float64 [B, J]: each row sums to 1, or is NaN with its reason."""
+        weights = np.full((len(prompts), len(self._served.model.names)), np.nan)
+        reasons = {}
+        for row, outputs in enumerate(self._served.classify(prompts)):
+            if isinstance(outputs, str):
+                reasons[row] = outputs
+            elif not np.isfinite(outputs).all():
+                reasons[row] = f"its outputs are {outputs.tolist()}"
+            else:
+                weights[row] = softmax(outputs, temperature=self._temperature)
+        return weights, reasons
 
 
 def _pooled(served: ServedModel, rollouts: Rollouts) -> tuple[np.ndarray, dict[int, str]]:

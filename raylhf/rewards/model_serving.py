@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from raylhf.models.reward import load_reward_model, member_folders
 from raylhf.models.reward_model import RewardModel
 from raylhf.models.reward_text import EncodedText, encode_judged, encode_prompt_alone
 from raylhf.rewards.alignment import lay_out_scores, token_ends
+from raylhf.rewards.validity import about_prompt
 
 if TYPE_CHECKING:  # build imports the leaves
     from raylhf.rewards.build import BuildContext
@@ -63,10 +65,16 @@ class ServedModel:
         judged = iter(self._run(readable))
         return [next(judged) if isinstance(text, EncodedText) else text for text in texts]
 
-    def classify(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Outputs on the prompts alone, float64 [B, H]."""
-        texts = [encode_prompt_alone(self.tokenizer, p.messages, max_tokens=self.max_tokens) for p in prompts]
-        return np.array([judged.outputs for judged in self._run(texts)]).reshape(len(texts), len(self.model.names))
+    def classify(self, prompts: Sequence[Prompt]) -> list[np.ndarray | str]:
+        """Outputs on each prompt alone, float64 [H], or why it could not be read. Equal prompts are one text."""
+
+        def encode(prompt: Prompt) -> EncodedText:
+            return encode_prompt_alone(self.tokenizer, prompt.messages, max_tokens=self.max_tokens)
+
+        texts = [encoded_or_reason(partial(encode, prompt)) for prompt in prompts]
+        distinct = {text.ids.tobytes(): text for text in texts if isinstance(text, EncodedText)}
+        judged = dict(zip(distinct, self._run(list(distinct.values())), strict=True))
+        return [text if isinstance(text, str) else judged[text.ids.tobytes()].outputs for text in texts]
 
     def _run(self, texts: Sequence[EncodedText]) -> list[Judged]:
         def outputs_of(batch: Sequence[int]) -> Iterable[np.ndarray]:
@@ -85,6 +93,11 @@ class PolicyTokens:
 
     def __init__(self, folder: str) -> None:
         self._tokenizer = load_tokenizer(folder)
+        if not self._tokenizer.is_fast:
+            raise ValueError(
+                f"dense scores are laid out over the policy's tokens, but the tokenizer of {folder!r} is a slow one "
+                "without character offsets; give a policy with a tokenizer.json, or a reward without dense scores"
+            )
 
     def lay_out(self, rollouts: Rollouts, row: int, scores: np.ndarray, spans: np.ndarray) -> np.ndarray:
         """Float32 [T] for response `row`; scores [M] and spans [M, 2] as in `lay_out_scores`."""
@@ -96,14 +109,23 @@ def encode_rollouts(
     tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, *, max_tokens: int
 ) -> list[EncodedText | str]:
     """Each conversation as the model reads it, or a sentence that says why it cannot."""
-    texts: list[EncodedText | str] = []
-    for prompt, response in zip(rollouts.prompts, rollouts.response_texts, strict=True):
-        try:
-            text = encode_judged(tokenizer, prompt.messages, response, max_tokens=max_tokens)
-            texts.append(text if len(text.ids) else "there is no text to judge")
-        except ValueError as error:
-            texts.append(str(error))
-    return texts
+
+    def encode(prompt: Prompt, response: str) -> EncodedText:
+        return encode_judged(tokenizer, prompt.messages, response, max_tokens=max_tokens)
+
+    conversations = zip(rollouts.prompts, rollouts.response_texts, strict=True)
+    return [encoded_or_reason(partial(encode, prompt, response)) for prompt, response in conversations]
+
+
+def encoded_or_reason(encode: Callable[[], EncodedText]) -> EncodedText | str:
+    """What `encode` gives, or a sentence that says why the model cannot read the text."""
+    try:
+        text = encode()
+    except ValueError as error:
+        return str(error)
+    except (TypeError, LookupError) as error:  # messages without content; half a surrogate pair, which no UTF-8 has
+        return f"the text cannot be read: {type(error).__name__}: {error}"
+    return text if len(text.ids) else "there is no text to judge"
 
 
 def run_in_batches(
@@ -180,5 +202,5 @@ def output_of(
         token_scores=token_scores,
         vector=vector,
         vector_names=names,
-        errors=tuple(f"{name}: prompt {rollouts.prompts[row].index}: {reasons[row]}" for row in sorted(reasons)),
+        errors=tuple(about_prompt(name, rollouts.prompts[row], reasons[row]) for row in sorted(reasons)),
     )

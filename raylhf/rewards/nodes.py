@@ -8,6 +8,7 @@ import numpy as np
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.rewards.fusion import Combined, laid_out, weighted_sum
 from raylhf.rewards.state import RewardState
+from raylhf.rewards.validity import MAX_SCORE
 
 if TYPE_CHECKING:  # the Protocols name torch's types, and a reward worker needs no torch
     from raylhf.interfaces import Reward
@@ -105,10 +106,19 @@ def joined(
     """One output of the parts' outputs: invalid where a part is, with the parts named for logs.
 
     `combined` has one weight a part and row, [B, M], for the dense scores. A part without dense scores counts on the
-    response's last token. `is_counted` [B, M] are the parts whose failure matters to a row; None means all.
+    response's last token. `is_counted` [B, M] are the parts whose failure matters to a row; None means all. A row
+    where no part counts is invalid, and the caller says why.
     """
     is_valid = np.stack([output.valid for output in outputs.values()], axis=1)
-    valid = (is_valid if is_counted is None else is_valid | ~is_counted).all(axis=1) & np.isfinite(combined.scores)
+    counted = np.ones_like(is_valid) if is_counted is None else is_counted
+    can_be_valid = (is_valid | ~counted).all(axis=1) & counted.any(axis=1)
+    valid = can_be_valid & (np.abs(combined.scores) <= MAX_SCORE)
+    errors = [f"{name}: {error}" for name, output in outputs.items() for error in output.errors]
+    if num_broken := int((can_be_valid & ~valid).sum()):
+        errors.append(
+            f"{num_broken} of {len(rollouts)} combined scores are no finite float32 numbers: no member applies to the "
+            "response, or the weights are too large"
+        )
     scores = np.where(valid, combined.scores, np.nan)
     return RewardOutput(
         scores=scores,
@@ -116,7 +126,7 @@ def joined(
         parts=named_parts(outputs),
         token_scores=_joined_token_scores(list(outputs.values()), combined.weights, scores, rollouts),
         resample=any_resample(outputs.values()),
-        errors=tuple(f"{name}: {error}" for name, output in outputs.items() for error in output.errors),
+        errors=tuple(errors),
     )
 
 

@@ -1,10 +1,8 @@
 """Scores from a server over HTTP. docs/reward_protocol.md describes what goes over the wire."""
 
 import asyncio
-import ipaddress
 import json
 import math
-import os
 import threading
 import time
 import weakref
@@ -12,15 +10,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.rewards.breaker import CircuitBreaker
-from raylhf.rewards.validity import as_score
+from raylhf.rewards.remote_address import checked_url, read_token
+from raylhf.rewards.validity import all_invalid, as_score
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -32,6 +29,9 @@ MAX_ERROR_CHARACTERS = 200
 """Of a sentence that a server says about a failure."""
 MAX_ERRORS = 32
 """Sentences of one answer that are kept."""
+MAX_PARTS = 64
+"""Names of parts that a server may use, over all answers: each is a metric for as long as the run lasts."""
+MAX_PART_NAME_CHARACTERS = 100
 
 
 class Refused(Exception):
@@ -60,8 +60,8 @@ class Reply:
 class RemoteReward:
     """Scores by a server that speaks the reward protocol.
 
-    The responses are cut into requests, a few of which run at a time. A request has failed `deadline_s` after its
-    first attempt at the latest; its responses are then invalid, for one sentence.
+    The responses are cut into requests, a few of which run at a time. A call of `score` ends after `deadline_s` at the
+    latest; the responses of a request that has no answer by then are invalid, for one sentence.
     """
 
     arity: Literal["point", "group"] = "point"
@@ -94,9 +94,14 @@ class RemoteReward:
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
+        deadline = self._loop.time() + self._deadline_s
         # In a loop of its own, as asyncio.run would wait for a name look-up that hangs in a thread.
-        replies = asyncio.run_coroutine_threadsafe(self._score(rollouts), self._loop).result()
-        self._part_names |= dict.fromkeys(name for reply in replies for name in reply.parts)
+        replies = asyncio.run_coroutine_threadsafe(self._score(rollouts, deadline), self._loop).result()
+        names = self._part_names | dict.fromkeys(name for reply in replies for name in reply.parts)
+        if len(names) > MAX_PARTS:
+            sentence = f"remote {self._url}: the server has named {len(names)} parts, more than {MAX_PARTS}"
+            return all_invalid(len(rollouts), sentence, self._part_names)
+        self._part_names = names
         scores = np.array([score for reply in replies for score in reply.scores], dtype=np.float64)
         return RewardOutput(
             scores=scores,
@@ -108,7 +113,7 @@ class RemoteReward:
             errors=tuple(f"remote {self._url}: {self._redacted(error)}" for r in replies for error in r.errors),
         )
 
-    async def _score(self, rollouts: Rollouts) -> list[Reply]:
+    async def _score(self, rollouts: Rollouts, deadline: float) -> list[Reply]:
         import aiohttp
 
         slots = asyncio.Semaphore(MAX_PARALLEL_REQUESTS)
@@ -122,18 +127,22 @@ class RemoteReward:
 
             async def reply_to(samples: list[dict[str, Any]]) -> Reply:
                 async with slots:
-                    return await self._score_batch(session, samples)
+                    return await self._score_batch(session, samples, deadline)
 
             samples = [as_sample(rollouts, i) for i in range(len(rollouts))]
             starts = range(0, len(samples), self._batch_size)
             return await asyncio.gather(*(reply_to(samples[i : i + self._batch_size]) for i in starts))
 
-    async def _score_batch(self, session: "ClientSession", samples: list[dict[str, Any]]) -> Reply:
-        """One request with its attempts. Every failure becomes a reply without scores."""
+    async def _score_batch(self, session: "ClientSession", samples: list[dict[str, Any]], deadline: float) -> Reply:
+        """One request with its attempts, until `deadline` on the loop's clock. A failure is a reply without scores."""
+        left_s = deadline - self._loop.time()
+        if left_s <= 0:  # the server was not asked, so the breaker is not told
+            sentence = f"not asked, because deadline_s={self._deadline_s:g} was over before its turn"
+            return failed_reply(len(samples), sentence)
         body = json.dumps({"version": PROTOCOL_VERSION, "samples": samples}, allow_nan=False).encode()
-        attempts = Attempts(retries=self._retries, deadline_s=self._deadline_s)
+        attempts = Attempts(retries=self._retries, deadline_s=left_s)
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout_at(deadline):
                 if sentence := await self._reason_to_wait(session):
                     return failed_reply(len(samples), sentence)
                 answer = await attempts.run(partial(self._post, session, body))
@@ -243,49 +252,6 @@ def start_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def read_token(token_env: str | None, token_file: str | None) -> str | None:
-    """The bearer token, None where the settings name none. No error repeats it."""
-    if token_env is not None and token_file is not None:
-        raise ValueError("the remote reward has token_env and token_file; keep one of them")
-    if token_env is not None:
-        source, token = f"the environment variable {token_env}", os.environ.get(token_env)
-    elif token_file is not None:
-        path = Path(token_file)
-        source, token = f"the file {token_file}", path.read_text() if path.is_file() else None
-    else:
-        return None
-    if token is None:
-        raise ValueError(f"the remote reward's token is missing: this reward worker has not got {source}")
-    token = token.strip()
-    if not token:
-        raise ValueError(f"the remote reward's token is empty: write it into {source}")
-    if not (token.isascii() and token.isprintable()) or " " in token:
-        raise ValueError(f"the remote reward's token in {source} has characters that no HTTP header can carry")
-    return token
-
-
-def checked_url(url: str, *, has_token: bool) -> str:
-    """The base address without a final slash, refused where it holds a secret or would send the token in the clear."""
-    parts = urlsplit(url)
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("the remote reward's url holds a user name or password; use token_env or token_file instead")
-    if parts.query or parts.fragment or not parts.hostname:
-        raise ValueError(f"the remote reward's url={url!r} must be a base address such as https://host:8000/path")
-    if has_token and parts.scheme != "https" and not is_loopback(parts.hostname):
-        raise ValueError(
-            f"the remote reward would send its token unencrypted to {parts.hostname}; use https, "
-            "or a tunnel that ends at 127.0.0.1"
-        )
-    return url.rstrip("/")
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def as_sample(rollouts: Rollouts, i: int) -> dict[str, Any]:
     """What the server is told of response i."""
     prompt = rollouts.prompts[i]
@@ -356,6 +322,8 @@ def parse_reply(answer: Any, num_responses: int) -> Reply:
     parts, said = answer.get("parts") or {}, answer.get("errors") or []
     if not isinstance(parts, dict) or not isinstance(said, list):
         raise Refused("the answer's parts are no object, or its errors no list")
+    if too_long := [name for name in parts if len(name) > MAX_PART_NAME_CHARACTERS]:
+        raise Refused(f"the part {too_long[0][:20]}... has a name of more than {MAX_PART_NAME_CHARACTERS} characters")
     for name, values in {"scores": answer["scores"], **parts}.items():
         if not isinstance(values, list) or len(values) != num_responses:
             count = len(values) if isinstance(values, list) else "no list of"

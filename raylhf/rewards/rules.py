@@ -14,9 +14,16 @@ import regex
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.rewards.validity import score_each
 
+MAX_LIBRARY_CHARACTERS = 10_000
+"""Of a response's beginning, which rewards by a library score: VADER's time grows with the square of the length, and
+one response must not hold up all others."""
+
 
 class SentimentReward:
-    """VADER's compound score in [-1, 1] (Hutto and Gilbert 2014); 0 for a text without a word of its lexicon."""
+    """VADER's compound score in [-1, 1] (Hutto and Gilbert 2014); 0 for a text without a word of its lexicon.
+
+    The first MAX_LIBRARY_CHARACTERS characters are scored.
+    """
 
     arity: Literal["point", "group"] = "point"
 
@@ -26,7 +33,11 @@ class SentimentReward:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        return score_each("sentiment", rollouts, lambda _, text: self._analyzer.polarity_scores(text)["compound"])
+        return score_each("sentiment", rollouts, lambda _, text: self.score_text(text[:MAX_LIBRARY_CHARACTERS]))
+
+    def score_text(self, text: str) -> float:
+        """The score of one text."""
+        return self._analyzer.polarity_scores(text)["compound"]
 
 
 class LengthReward:
@@ -165,7 +176,10 @@ CODE_FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
 class JsonReward:
-    """1 where the response, or the content of its only code fence, is JSON that fits the schema, else 0."""
+    """1 where the response, or the content of its only code fence, is JSON that fits the schema, else 0.
+
+    A response over which one of the schema's regular expressions takes more than REGEX_LIMIT_S has no score.
+    """
 
     arity: Literal["point", "group"] = "point"
 
@@ -176,7 +190,7 @@ class JsonReward:
         return score_each("json", rollouts, lambda _, text: self.score_text(text))
 
     def score_text(self, text: str) -> float:
-        """The score of one response."""
+        """The score of one response. Raises TimeoutError after REGEX_LIMIT_S in one search."""
         fenced = CODE_FENCE.findall(text)
         try:
             value = json.loads(fenced[0] if len(fenced) == 1 else text, parse_constant=refuse_constant)
@@ -191,9 +205,15 @@ def refuse_constant(name: str) -> NoReturn:
 
 
 def schema_validator(json_schema: Mapping[str, Any]) -> Any:
-    """Validator of a draft 2020-12 schema. References to other documents are never fetched: they fail the score."""
+    """Validator of a draft 2020-12 schema, whose searches have a time limit.
+
+    References to other documents are never fetched: they fail the score.
+    """
     from jsonschema import Draft202012Validator, SchemaError
+    from jsonschema.validators import extend
     from referencing import Registry
+
+    from raylhf.rewards.json_patterns import TIMED_KEYWORDS, refuse_untimed
 
     try:
         Draft202012Validator.check_schema(json_schema)
@@ -201,7 +221,10 @@ def schema_validator(json_schema: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"the json reward's json_schema is not a JSON Schema: {error.message} (at {error.json_path})"
         ) from error
-    return Draft202012Validator(json_schema, registry=Registry())
+    refuse_untimed(json_schema)
+    # With its $schema, a reference to the root would be checked by the library's own validator of that draft.
+    rest = {key: value for key, value in json_schema.items() if key != "$schema"}
+    return extend(Draft202012Validator, TIMED_KEYWORDS)(rest, registry=Registry())
 
 
 class CharacterReward:

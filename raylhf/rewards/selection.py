@@ -1,9 +1,7 @@
 """Nodes that depend on the prompt: a gate weighs its parts by it, a route chooses one of them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -12,7 +10,7 @@ from raylhf.batch import Prompt, RewardOutput, Rollouts
 from raylhf.rewards.fusion import Combined, weighted_sum
 from raylhf.rewards.nodes import Arity, arity_of, joined, scores_of
 from raylhf.rewards.rules import REGEX_LIMIT_S, compile_pattern
-from raylhf.rewards.validity import unscored
+from raylhf.rewards.validity import MAX_SCORE, about_prompt, unscored
 from raylhf.tracking.redaction import without_secrets
 
 if TYPE_CHECKING:  # the Protocols name torch's types, and a reward worker needs no torch
@@ -37,8 +35,11 @@ class PromptRules(Generic[Choice]):
 class PromptWeights(Protocol):
     """A model that reads prompts."""
 
-    def weights(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """A weight for each part and prompt, [B, J]; rows are non-negative and sum to 1."""
+    def weights(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, Mapping[int, str]]:
+        """A weight for each part and prompt, [B, J]; rows are non-negative and sum to 1.
+
+        Rows of prompts that it cannot weigh are NaN, with the reason by row.
+        """
         ...
 
 
@@ -46,8 +47,8 @@ class Gate:
     """A sum of its parts whose weights depend on the prompt.
 
     Of the data row's own weights, the rules, the classifier and the parts' weights, the first that speaks about a
-    prompt counts. A part of weight 0 is not asked, so it cannot fail there either. A data row with weights that cannot
-    be read makes its responses invalid.
+    prompt counts. A part of weight 0 is not asked, so it cannot fail there either. A prompt whose weights cannot be
+    read, or are 0 for every part, makes its responses invalid.
     """
 
     arity: Arity
@@ -70,7 +71,7 @@ class Gate:
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         weights, errors = self._weights_of(rollouts.prompts)
-        is_weighed = np.isfinite(weights.sum(axis=1))
+        is_weighed = np.logical_not(np.isnan(weights).any(axis=1))
         weights = np.where(is_weighed[:, None], weights, 0.0)
         outputs = {
             name: score_rows(reward, np.flatnonzero(weights[:, j]).tolist(), rollouts)
@@ -88,7 +89,7 @@ class Gate:
             try:
                 named = self._named_weights(prompt)
             except (ValueError, TimeoutError) as error:
-                errors.append(f"gate: prompt {prompt.index}: {error}")
+                errors.append(about_prompt("gate", prompt, str(error)))
                 rows[i] = np.nan
                 continue
             if named is None:
@@ -96,12 +97,25 @@ class Gate:
             else:
                 rows[i] = [named.get(name, 0.0) for name in self._parts]
         if self._classifier is not None and silent:
-            try:
-                rows[silent] = self._classifier.weights([prompts[i] for i in silent])
-            except Exception as error:  # a model may fail in many ways; its prompts' responses are invalid
-                rows[silent] = np.nan
-                errors.append(without_secrets(f"gate: the prompt classifier: {type(error).__name__}: {error}"))
-        return rows, errors
+            rows[silent], reasons = self._classified([prompts[i] for i in silent])
+            errors += reasons
+        for i in np.flatnonzero((rows == 0).all(axis=1)):
+            rows[i] = np.nan
+            errors.append(about_prompt("gate", prompts[i], "no part has a weight, so nothing scores the response"))
+        return rows, list(dict.fromkeys(errors))  # a prompt has several responses, and one sentence
+
+    def _classified(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[str]]:
+        """The classifier's weights [B, M], NaN where it fails, and why."""
+        assert self._classifier is not None
+        try:
+            weights, reasons = self._classifier.weights(prompts)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a model may fail in many ways; its prompts' responses are invalid
+            sentence = without_secrets(f"gate: the prompt classifier: {type(error).__name__}: {error}")
+            return np.full((len(prompts), len(self._parts)), np.nan), [sentence]
+        told = [about_prompt("gate", prompts[i], f"the prompt classifier: {reason}") for i, reason in reasons.items()]
+        return weights, told
 
     def _named_weights(self, prompt: Prompt) -> Mapping[str, float] | None:
         """What the data row, else the first matching rule, says about the prompt."""
@@ -145,7 +159,7 @@ class Route:
                 chosen.append(self._part_for(prompt))
             except (ValueError, TimeoutError) as error:
                 chosen.append(None)
-                errors.append(f"route: prompt {prompt.index}: {error}")
+                errors.append(about_prompt("route", prompt, str(error)))
         is_chosen = np.array([[choice == name for name in self._parts] for choice in chosen], dtype=bool)
         is_chosen = is_chosen.reshape(len(rollouts), len(self._parts))
         outputs = {
@@ -170,8 +184,10 @@ class Route:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number."""
-    return isinstance(value, Real) and math.isfinite(value)
+    """Whether `value` is a finite number that a float32 can hold, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(abs(value) <= MAX_SCORE)
 
 
 def score_rows(reward: "Reward", rows: Sequence[int], rollouts: Rollouts) -> RewardOutput:

@@ -2,7 +2,9 @@
 
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -63,7 +65,9 @@ class Source:
         leaf = type(self._reward).__name__
         try:
             output = checked(leaf, self._reward.score(rollouts), len(rollouts))
-        except Exception as error:  # a library or a user's code may raise anything; it is kept, and counted as invalid
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's code may call sys.exit, and Rust's panics are no Exception
             sentence = without_secrets(f"{leaf}: {type(error).__name__}: {error}")
             return all_invalid(len(rollouts), sentence, ())
         return with_columns_as_parts(with_fitting_tokens(leaf, output, rollouts))
@@ -97,7 +101,21 @@ def with_fitting_tokens(name: str, output: RewardOutput, rollouts: Rollouts) -> 
 def with_columns_as_parts(output: RewardOutput) -> RewardOutput:
     """`output` with the columns of its `vector` among its parts, and all parts under names that a metric may have."""
     columns = {} if output.vector is None else dict(zip(output.vector_names, output.vector.T, strict=True))
-    return replace(output, parts={log_name(name): scores for name, scores in (columns | dict(output.parts)).items()})
+    parts = columns | dict(output.parts)
+    names = log_names(parts)
+    return replace(output, parts={names[name]: scores for name, scores in parts.items()})
+
+
+def log_names(names: Iterable[str]) -> dict[str, str]:
+    """The `log_name` of each name; of names that would share one, all but the first get a suffix (`_2`, `_3`...)."""
+    found: dict[str, str] = {}
+    # A name that needs no change comes first and keeps it; sorted, so that the order in which a server names its parts
+    # does not matter.
+    for name in sorted(names, key=lambda name: (name != log_name(name), name)):
+        wanted, taken = log_name(name), set(found.values())
+        free = (f"{wanted}_{k}" if k > 1 else wanted for k in count(1))
+        found[name] = next(candidate for candidate in free if candidate not in taken)
+    return found
 
 
 def log_name(name: str) -> str:

@@ -62,12 +62,11 @@ class RunningMoments:
 
     def fold(self, scores: np.ndarray) -> None:
         """Take in the scores [N] of one batch over all workers, N > 0."""
-        earlier = self.decay * self.weight
-        self.weight = earlier + len(scores)
+        self.weight = self.decay * self.weight + len(scores)
         share = len(scores) / self.weight
-        drift = float(scores.mean()) - self.mean if earlier > 0 else 0.0
-        self.mean = self.mean + share * drift if earlier > 0 else float(scores.mean())
-        self.variance = (1 - share) * self.variance + share * float(scores.var()) + share * (1 - share) * drift**2
+        drift = float(scores.mean()) - self.mean
+        self.mean += share * drift
+        self.variance = (1 - share) * (self.variance + share * drift**2) + share * float(scores.var())
         self.largest_std = max(self.largest_std, math.sqrt(self.variance))
         self.num_commits += 1
 
@@ -134,8 +133,7 @@ class RewardState:
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Everything that later scores depend on, as plain JSON."""
         return {
-            place: {name: getattr(moments, name) for name in SAVED_MOMENTS}
-            for place, moments in self._moments.items()
+            place: {name: getattr(moments, name) for name in SAVED_MOMENTS} for place, moments in self._moments.items()
         }
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Any]]) -> None:

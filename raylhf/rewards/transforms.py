@@ -10,6 +10,7 @@ from raylhf.batch import RewardOutput, Rollouts
 from raylhf.rewards.fusion import laid_out
 from raylhf.rewards.nodes import Arity, any_resample, arity_of, named_parts
 from raylhf.rewards.state import RewardState, RunningMoments
+from raylhf.rewards.validity import usable
 
 if TYPE_CHECKING:  # the Protocols name torch's types, and a reward worker needs no torch
     from raylhf.interfaces import Reward
@@ -33,14 +34,12 @@ class Veto:
         output, rule = self._reward.score(rollouts), self._rule.score(rollouts)
         is_vetoed = rule.scores < self._below
         scores = np.where(is_vetoed, np.minimum(output.scores, self._cap), output.scores)
-        valid = output.valid & rule.valid
-        changed = rescored(output, np.where(valid, scores, np.nan))
+        changed = rescored("veto", replace(output, valid=output.valid & rule.valid), scores)
         return replace(
             changed,
-            valid=valid,
             parts={**output.parts, **named_parts({self._rule_name: rule})},
             resample=any_resample([output, rule]),
-            errors=(*output.errors, *(f"{self._rule_name}: {error}" for error in rule.errors)),
+            errors=(*changed.errors, *(f"{self._rule_name}: {error}" for error in rule.errors)),
         )
 
 
@@ -61,7 +60,7 @@ class Calibrate:
     def score(self, rollouts: Rollouts) -> RewardOutput:
         output = self._reward.score(rollouts)
         scores = (np.clip(output.scores, self._low, self._high) - self._mean) / self._std
-        return rescored(with_raw_part(output), scores, token_factor=1 / self._std)
+        return rescored("calibrate", with_raw_part(output), scores, token_factor=1 / self._std)
 
 
 class Whiten:
@@ -94,7 +93,7 @@ class Whiten:
         self._state.observe(self._place, output.scores[output.valid])
         mean = self._moments.mean if self._shift_mean else 0.0
         std = self._moments.std
-        return rescored(with_raw_part(output), (output.scores - mean) / std, token_factor=1 / std)
+        return rescored("whiten", with_raw_part(output), (output.scores - mean) / std, token_factor=1 / std)
 
 
 class Clip:
@@ -110,19 +109,22 @@ class Clip:
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         output = self._reward.score(rollouts)
-        return rescored(output, np.clip(output.scores, self._low, self._high))
+        return rescored("clip", output, np.clip(output.scores, self._low, self._high))
 
 
-def rescored(output: RewardOutput, scores: np.ndarray, *, token_factor: float = 1.0) -> RewardOutput:
-    """`output` with other scores [B]; dense scores are multiplied by the factor, and the last token gets the rest.
+def rescored(name: str, output: RewardOutput, scores: np.ndarray, *, token_factor: float = 1.0) -> RewardOutput:
+    """`output` with the scores [B] of node `name`; dense ones are multiplied by the factor, the last token gets the
+    rest.
 
     The columns of a `vector` are not of the new scores' scale, and end here.
     """
-    dense = output.token_scores
+    changed = usable(name, replace(output, scores=scores))
+    dense = None
+    if output.token_scores is not None:
+        dense = laid_out([token_factor * row.astype(float) for row in output.token_scores], changed.scores)
     return replace(
-        output,
-        scores=scores,
-        token_scores=None if dense is None else laid_out([token_factor * row for row in dense], scores),
+        changed,
+        token_scores=dense,
         vector=None,
         vector_names=(),
     )

@@ -7,11 +7,17 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import regex
 
 from raylhf.batch import Prompt, RewardOutput, Rollouts
 
 NUM_TOLD_ERRORS = 3
 """Sentences that are passed on where one would do; a batch may have one for each response."""
+MAX_SCORE = float(np.finfo(np.float32).max)
+"""Larger scores have no float32, in which the learners and dense scores hold them."""
+NAMED_PROMPT = regex.compile(r"(?<=^(?:[a-z0-9_]+: |[\w.]+:[\w.]+: )*)prompt (\d+)(?=: )")
+"""The prompt of a sentence that `about_prompt` wrote, behind the names of nodes and of the leaf (a kind or a function's
+path). Text of a library, a user's function or a server comes later in a sentence, and names nothing."""
 
 
 class RewardFailedError(ValueError):
@@ -25,9 +31,16 @@ def score_each(name: str, rollouts: Rollouts, score_one: Callable[[Prompt, str],
     for i, (prompt, response) in enumerate(zip(rollouts.prompts, rollouts.response_texts, strict=True)):
         try:
             scores[i] = as_score(score_one(prompt, response))
-        except Exception as error:  # a user's function may raise anything; the failure is kept, and counted as invalid
-            errors.append(f"{name}: prompt {prompt.index}: {type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's function may call sys.exit, and Rust's panics are no Exception
+            errors.append(about_prompt(name, prompt, f"{type(error).__name__}: {error}"))
     return RewardOutput(scores=scores, valid=~np.isnan(scores), errors=tuple(errors))
+
+
+def about_prompt(name: str, prompt: Prompt, reason: str) -> str:
+    """The sentence of a failure that concerns one prompt, in the form that NAMED_PROMPT finds."""
+    return f"{name}: prompt {prompt.index}: {reason}"
 
 
 def as_score(value: Any) -> float:
@@ -57,7 +70,7 @@ def unscored(num_responses: int) -> RewardOutput:
 
 
 def checked(name: str, output: RewardOutput, num_responses: int) -> RewardOutput:
-    """`output` if it has one entry a response, else all invalid. A score called valid that is not finite is invalid."""
+    """`output` if it has one entry a response, else all invalid; see `usable` for the scores."""
     columns: dict[str, Sized] = {"scores": output.scores, "valid": output.valid, **output.parts}
     if output.token_scores is not None:
         columns["token_scores"] = output.token_scores
@@ -68,8 +81,13 @@ def checked(name: str, output: RewardOutput, num_responses: int) -> RewardOutput
         if len(values) != num_responses:
             sentence = f"{name}: {len(values)} {column} for {num_responses} responses"
             return all_invalid(num_responses, sentence, output.parts)
-    valid = output.valid & np.isfinite(output.scores)
+    return usable(name, output)
+
+
+def usable(name: str, output: RewardOutput) -> RewardOutput:
+    """`output`, where a valid score that is not finite or beyond MAX_SCORE becomes invalid, with a sentence."""
+    valid = output.valid & (np.abs(output.scores) <= MAX_SCORE)
     errors = tuple(output.errors)
     if num_broken := int((output.valid & ~valid).sum()):
-        errors += (f"{name}: {num_broken} scores are called valid and are not finite",)
+        errors += (f"{name}: {num_broken} scores are no finite float32 numbers",)
     return replace(output, scores=np.where(valid, output.scores, np.nan), valid=valid, errors=errors)

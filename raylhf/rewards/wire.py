@@ -1,6 +1,5 @@
 """What crosses the wire to and from a served reward: requests and answers of docs/reward_protocol.md."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -9,8 +8,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raylhf.batch import RewardOutput
-from raylhf.rewards.texts import TextSample
-from raylhf.rewards.worker import NAMED_PROMPT
+from raylhf.rewards.texts import MAX_NUM_TOKENS, TextSample
+from raylhf.rewards.validity import NAMED_PROMPT
 
 NUM_TOLD_ERRORS = 20
 """Sentences in one answer; the rest is counted."""
@@ -42,7 +41,7 @@ class Sample(_Record):
     response: str
     metadata: dict[str, Any] = {}
     is_truncated: bool = False
-    num_tokens: Annotated[int, Field(ge=0)] | None = None
+    num_tokens: Annotated[int, Field(ge=0, le=MAX_NUM_TOKENS)] | None = None
 
     def as_text(self) -> TextSample:
         """As the reward plane knows it."""
@@ -131,13 +130,16 @@ class Scored:
 
 
 def renumbered(sentence: str, rows: range, first: int) -> str:
-    """`sentence` about prompts of a batch, told to the request whose samples are `rows` of it, from its `first` on."""
+    """`sentence` about a prompt of a batch, told to the request whose samples are `rows` of it, from its `first` on.
 
-    def name(match: re.Match[str]) -> str:
-        row = int(match[1])
-        return f"sample {row - rows.start + first}" if row in rows else "a sample of another request"
-
-    return NAMED_PROMPT.sub(name, sentence)
+    Only the place where the reward plane names the prompt is rewritten; numbers in the reason are somebody else's.
+    """
+    match = NAMED_PROMPT.search(sentence)
+    if match is None:
+        return sentence
+    row = int(match[1])
+    name = f"sample {row - rows.start + first}" if row in rows else "a sample of another request"
+    return sentence[: match.start()] + name + sentence[match.end() :]
 
 
 def _numbers(scores: np.ndarray) -> list[float | None]:

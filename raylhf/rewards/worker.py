@@ -1,11 +1,10 @@
 """The reward worker: the whole reward graph, then what every score goes through."""
 
 import asyncio
-import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +16,13 @@ from raylhf.rewards.build import BuildContext, build_reward, can_be_dense
 from raylhf.rewards.fusion import laid_out
 from raylhf.rewards.selection import scattered
 from raylhf.rewards.state import RewardState
-from raylhf.rewards.validity import NUM_TOLD_ERRORS, unscored
+from raylhf.rewards.validity import NAMED_PROMPT, NUM_TOLD_ERRORS, unscored, usable
 
 if TYPE_CHECKING:  # interfaces imports torch, which a reward worker need not load
     from raylhf.interfaces import Reward
 
 FORWARDS_PER_BATCH = 8
 """A batch of requests holds up to this many budgets of one forward pass; leaves sort by length before they cut."""
-NAMED_PROMPT = re.compile(r"\bprompt (\d+)\b")
 
 
 @dataclass
@@ -60,7 +58,6 @@ class RewardWorker:
             policy=self._policy,
             device="cuda" if config.num_gpus > 0 else "cpu",
             batch_tokens=config.batch_tokens,
-            threads=config.threads,
             state=self._state,
         )
         self._reward = build_reward(config.graph, context)
@@ -96,7 +93,9 @@ class RewardWorker:
         if num_empty := len(rollouts) - len(rows):
             sentence = f"{num_empty} of {len(rollouts)} responses have no tokens and are not scored"
             output = replace(output, errors=(sentence, *output.errors))
-        scores = output.scores - self._config.missing_eos_penalty * rollouts.is_truncated
+        penalised = output.scores - self._config.missing_eos_penalty * rollouts.is_truncated
+        output = usable("reward", replace(output, scores=penalised))
+        scores = output.scores
         if self._config.clip is not None:
             scores = np.clip(scores, -self._config.clip, self._config.clip)
         token_scores = self._token_scores(output, scores, rollouts)
@@ -128,24 +127,36 @@ class RewardWorker:
 
     def close(self) -> None:
         """Answer nobody any more; whoever waits is told."""
-        while self._waiting:
-            answer = self._waiting.popleft().answer
-            if not answer.done():
-                answer.set_exception(RuntimeError("the reward worker was closed before it scored the request"))
+        _tell(self._waiting, RuntimeError("the reward worker was closed before it scored the request"))
+        self._waiting.clear()
 
     async def _serve(self) -> None:
-        """Score what waits, batch after batch, until nothing does."""
-        while batch := self._take_batch():
-            started = time.perf_counter()
+        """Score what waits, batch after batch, until nothing does. However it ends, nobody waits for ever."""
+        try:
+            while batch := self._take_batch():
+                await self._serve_batch(batch)
+        finally:
+            self.close()
+
+    async def _serve_batch(self, batch: Sequence[_Request]) -> None:
+        started = time.perf_counter()
+        try:
             together = Rollouts.concatenate([request.rollouts for request in batch])
-            try:
-                output = await asyncio.to_thread(self.score_now, together)
-            except Exception as error:  # it belongs to those who asked; the worker serves on
-                for request in batch:
-                    if not request.answer.done():
-                        request.answer.set_exception(error)
-                continue
+            output = await asyncio.to_thread(self._score_in_thread, together)
             self._answer(batch, output, time.perf_counter() - started)
+        except Exception as error:  # it belongs to those who asked; the worker serves on
+            _tell(batch, error)
+        finally:  # those who are left: the serving was cancelled
+            _tell(batch, RuntimeError("the reward worker was stopped before it answered the request"))
+
+    def _score_in_thread(self, rollouts: Rollouts) -> RewardOutput:
+        """`score_now`; what would end the process (sys.exit, a Rust panic) reaches those who asked instead."""
+        try:
+            return self.score_now(rollouts)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"the reward ended with {type(error).__name__}: {error}") from error
 
     def _take_batch(self) -> list[_Request]:
         """The requests to score next: of one temperature and within the token budget, but at least one if any waits."""
@@ -186,17 +197,23 @@ class RewardWorker:
         return laid_out([np.zeros(length, dtype=np.float32) for length in rollouts.response_lengths], scores)
 
 
+def _tell(requests: Iterable[_Request], error: Exception) -> None:
+    """Answer with `error` where there is no answer yet."""
+    for request in requests:
+        if not request.answer.done():
+            request.answer.set_exception(error)
+
+
 def rows_of(output: RewardOutput, rows: slice, rollouts: Rollouts) -> RewardOutput:
     """The given rows of `output`, which are the scores of `rollouts`, with the sentences about them.
 
-    A sentence that names prompts goes to their requests, another one to all requests with an invalid response.
+    A sentence about a prompt goes to the prompt's requests, another one to all requests with an invalid response. Where
+    that leaves none for an invalid response, it is told all of them.
     """
     valid = output.valid[rows]
     indices = {prompt.index for prompt in rollouts.prompts}
     errors = [
-        error
-        for error in output.errors
-        if not (named := NAMED_PROMPT.findall(error)) or indices & {int(index) for index in named}
+        error for error in output.errors if (named := NAMED_PROMPT.search(error)) is None or int(named[1]) in indices
     ]
     return RewardOutput(
         scores=output.scores[rows],
@@ -204,7 +221,7 @@ def rows_of(output: RewardOutput, rows: slice, rollouts: Rollouts) -> RewardOutp
         parts={name: scores[rows] for name, scores in output.parts.items()},
         token_scores=None if output.token_scores is None else output.token_scores[rows],
         resample=None if output.resample is None else output.resample[rows],
-        errors=() if valid.all() else tuple(errors),
+        errors=() if valid.all() else tuple(errors) or output.errors,
     )
 
 

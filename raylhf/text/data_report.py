@@ -97,6 +97,7 @@ def data_report(
     `attributes` names the columns of the scores; plain scores have one, called "score".
     """
     examples = [*train, *held_out]
+    shared_prompts, shared_responses = leaks(train, held_out)
     lengths = [np.array([len(response.split()) for response in example.responses]) for example in examples]
     words = np.concatenate(lengths)
     gaps = [int(n[pair.chosen] - n[pair.rejected]) for e, n in zip(examples, lengths, strict=True) for pair in e.pairs]
@@ -117,10 +118,16 @@ def data_report(
         tied=tied_share(examples),
         right_steps=mean_or_none(labels),
         scores=score_stats(examples, attributes),
-        shared_prompts=len(prompt_keys(held_out) & prompt_keys(train)),
-        shared_responses=len({r for e in held_out for r in e.responses} & {r for e in train for r in e.responses}),
+        shared_prompts=shared_prompts,
+        shared_responses=shared_responses,
         subsets=() if set(subsets) == {""} else tuple(subsets.most_common()),
     )
+
+
+def leaks(train: Sequence[RewardExample], held_out: Sequence[RewardExample]) -> tuple[int, int]:
+    """(prompts, different response texts) of the held-out part that are in the training part too."""
+    texts, held_out_texts = ({text for e in examples for text in e.responses} for examples in (train, held_out))
+    return len(prompt_keys(held_out) & prompt_keys(train)), len(held_out_texts & texts)
 
 
 def part_counts(examples: Sequence[RewardExample]) -> PartCounts:

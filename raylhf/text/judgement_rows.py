@@ -18,6 +18,8 @@ Row = Mapping[str, Any]
 TRANSCRIPT_START = "\n\nHuman:"
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 """What opens a turn of an Anthropic HH transcript; the same words inside a line belong to the text."""
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""Training computes in float32; a larger number would be infinite there."""
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -292,8 +294,10 @@ def sized_list(row: Row, name: str, size: int, where: str) -> list[Any]:
 
 
 def number(value: Any, name: str, where: str, *, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number from `low` to `high`; a string that looks like one is refused, as it hides a broken export."""
+    """A finite float32 from `low` to `high`; a string that looks like one is refused, as it hides a broken export."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and math.inf > abs(value) > FLOAT32_MAX:
+        raise ValueError(f"{where}: {name} is beyond float32, whose largest number is {FLOAT32_MAX:.3g}; scale it down")
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         limits = "".join([f" >= {low:g}" * (low > -math.inf), f" and <= {high:g}" * (high < math.inf)])
         raise ValueError(f"{where}: {name} is {value!r}; it must be a finite number{limits}, written without quotes")

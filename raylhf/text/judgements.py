@@ -19,7 +19,7 @@ class Judgements:
     """What a source holds."""
 
     examples: tuple[RewardExample, ...]
-    """One for each prompt, in the order of first appearance; a row without a prompt is an example of its own."""
+    """One for each prompt, in the order of first appearance; of rows without one, one for each set of responses."""
     num_rows: int
     """Rows read."""
     num_duplicates: int
@@ -58,7 +58,7 @@ def load_examples(config: RewardDataConfig, *, attributes: Sequence[str] = (), p
     source, key = (config.path, "data.path") if path is None else (path, "data.held_out_path")
     if config.kind == "attributes" and not attributes:
         raise ValueError("data.kind=attributes needs the names to learn; set objective.head.attributes")
-    rows_by_prompt: dict[object, list[JudgedRow]] = {}
+    rows_by_key: dict[object, list[JudgedRow]] = {}
     seen: set[bytes] = set()
     num_rows = num_identical = 0
     has_subset = False
@@ -71,12 +71,13 @@ def load_examples(config: RewardDataConfig, *, attributes: Sequence[str] = (), p
             num_identical += 1
             continue
         prompt = tuple((message["role"], message["content"]) for message in judged.messages)
-        rows_by_prompt.setdefault(prompt or num_rows, []).append(judged)
-    if not rows_by_prompt:
+        # Without a prompt, what keeps a response in one part of the split is the response itself.
+        rows_by_key.setdefault(prompt or frozenset(judged.responses), []).append(judged)
+    if not rows_by_key:
         raise ValueError(f"{key}={source!r} holds no judgements: {num_rows} rows, {num_identical} of identical texts")
     if config.subset_key is not None and not has_subset:
         raise ValueError(f"{key}={source!r} has no row with the field {config.subset_key!r}; correct data.subset_key")
-    merged = [merge_rows(rows, index, kind=config.kind) for index, rows in enumerate(rows_by_prompt.values())]
+    merged = [merge_rows(rows, index, kind=config.kind) for index, rows in enumerate(rows_by_key.values())]
     examples = tuple(example for example, _ in merged)
     check_targets(examples, attributes if config.kind == "attributes" else ("score",), f"{key}={source!r}")
     return Judgements(examples, num_rows, num_rows - len(seen), num_identical, sum(count for _, count in merged))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 LocatedRow = tuple[str, dict[str, Any]]
 """Where a row stands (for messages), and the row."""
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape of half a character beyond U+FFFF; most come in pairs, and Python reads those as one character."""
 
 
 def read_rows(
@@ -42,9 +46,8 @@ def ending(path: Path) -> str:
 
 def read_jsonl(file: Path) -> Iterator[LocatedRow]:
     """One JSON object a line; blank lines are skipped. A name that ends in .gz is unpacked on the way."""
-    open_text = gzip.open if file.suffix == ".gz" else open
     try:
-        with open_text(file, "rt", encoding="utf-8") as lines:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     where = f"{file}, line {number}"
@@ -53,10 +56,18 @@ def read_jsonl(file: Path) -> Iterator[LocatedRow]:
         raise ValueError(f"{file}: not a readable gzip file ({error}); fetch it again or compress it anew") from error
 
 
-def parse_line(line: str, *, where: str) -> dict[str, Any]:
-    """The JSON object of one line."""
+def parse_line(line: bytes, *, where: str) -> dict[str, Any]:
+    """The JSON object of one line, whose texts UTF-8 can hold."""
     try:
-        row = json.loads(line)
+        text = line.decode("utf-8")
+        row = json.loads(text)
+        if SURROGATE.search(text):
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); save the file in UTF-8") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where}: half a character ({half!r}, a lone surrogate); remove it") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not a JSON object ({error})") from error
     if not isinstance(row, dict):
@@ -75,7 +86,7 @@ def read_parquet(file: Path) -> Iterator[LocatedRow]:
             for row in piece.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", row
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
 
 

@@ -90,6 +90,10 @@ METRICS: dict[str, Metric] = {
     "data/epoch": Metric("Epochs drawn from the training prompts", "epochs"),
     "data/dropped_overlong_count": Metric("Prompts longer than max_prompt_tokens, dropped at the start", "prompts"),
     "data/dropped_responses_count": Metric("Responses of the step that were not trained on", "responses", "0"),
+    "data/shared_prompts_count": Metric(
+        "Held-out prompts of a reward model that are in its training part too", "prompts", "0"
+    ),
+    "data/shared_responses_count": Metric("Different held-out texts that are in the training part too", "texts", "0"),
     # sync: weights from learner to rollout workers
     "sync/gb_per_s": Metric("Bytes of the weights by time/sync_s, for one receiver", "GB/s"),
     "sync/bytes": Metric("Bytes of the weights sent", "bytes"),
@@ -137,6 +141,8 @@ METRICS: dict[str, Metric] = {
     "rm/num_tokens": Metric("Tokens of the step's texts", "tokens"),
     "rm/tokens_per_s": Metric("Those tokens by the time of the step", "tokens/s"),
     "rm/truncated_count": Metric("Texts of the step that were longer than data.max_tokens", "texts", "0"),
+    "rm/response_cut_count": Metric("Those of them whose response, and not only the prompt, was cut", "texts", "0"),
+    "rm/steps_lost_count": Metric("Steps of solutions whose end was cut off: their labels are not used", "steps", "0"),
     # rm_eval: the reward model on held-out judgements
     "rm_eval/loss": Metric("Loss on the held-out judgements", "loss", "falls with rm/loss"),
     "rm_eval/accuracy": Metric(
@@ -144,26 +150,48 @@ METRICS: dict[str, Metric] = {
     ),
     "rm_eval/accuracy_se": Metric("Its standard error, pairs of one prompt as one cluster", "0 to 1"),
     "rm_eval/ece": Metric(
-        "Expected calibration error: |accuracy - sigmoid(|gap|)| over bins, weighted", "0 to 1", "below 0.1"
+        "Expected calibration error: |share of raters who agree - sigmoid(|gap|)| over bins, weighted",
+        "0 to 1",
+        "below 0.1",
     ),
     "rm_eval/length_correlation": Metric(
         "Spearman correlation of score and length in words, within prompts", "-1 to 1", "as in the data"
     ),
     "rm_eval/score_mean": Metric("Mean held-out score", "score"),
     "rm_eval/score_std": Metric("Standard deviation of the held-out scores", "score"),
-    "rm_eval/pearson": Metric("Pearson correlation with the raters' scores", "-1 to 1", "rises"),
-    "rm_eval/spearman": Metric("Spearman correlation with the raters' scores", "-1 to 1", "rises"),
+    "rm_eval/pearson": Metric(
+        "Pearson correlation with the raters' scores; mean over the attributes that vary", "-1 to 1", "rises"
+    ),
+    "rm_eval/spearman": Metric(
+        "Spearman correlation with the raters' scores; mean over the attributes that vary", "-1 to 1", "rises"
+    ),
     "rm_eval/ranking_spearman": Metric("Spearman correlation with the raters' ranking, mean over prompts", "-1 to 1"),
     "rm_eval/disagreement_mean": Metric(
         "Standard deviation over ensemble members (each standardised), mean over responses", "standard deviations"
     ),
     "rm_eval/member/<name>_accuracy": Metric("Accuracy of one member of an ensemble", "0 to 1"),
+    "rm_eval/member/<name>_ece": Metric("Expected calibration error of that member", "0 to 1", "below 0.1"),
+    "rm_eval/member/<name>_length_correlation": Metric(
+        "Spearman correlation of that member's score and length in words, within prompts", "-1 to 1", "as in the data"
+    ),
+    "rm_eval/member/<name>_disagreement": Metric(
+        "Mean distance of that member's score from the mean of the others (each standardised)",
+        "standard deviations",
+        "alike in all members",
+    ),
+    "rm_eval/member/<name>_spearman": Metric(
+        "Spearman correlation of that member with the raters' scores (loss mse)", "-1 to 1", "rises"
+    ),
     "rm_eval/subset/<name>_accuracy": Metric("Accuracy on one subset (data.subset_key)", "0 to 1"),
     "rm_eval/attribute/<name>_spearman": Metric("Spearman correlation of one attribute", "-1 to 1"),
     "rm_eval/step_accuracy": Metric("Share of labelled steps judged as the raters did", "0 to 1", "above the majority"),
     "rm_eval/first_error_f1": Metric(
-        "ProcessBench's F1 of finding the first wrong step, and of finding none (2412.06559)", "0 to 1"
+        "ProcessBench's F1 of finding the first wrong step, and of finding none (2412.06559), on labelled steps",
+        "0 to 1",
     ),
+    "rm_eval/truncated_count": Metric("Held-out texts that were longer than data.max_tokens", "texts", "0"),
+    "rm_eval/response_cut_count": Metric("Those of them whose response was cut", "texts", "0"),
+    "rm_eval/steps_lost_count": Metric("Steps of held-out solutions whose end was cut off", "steps", "0"),
     # tracking
     "tracking/wandb_errors": Metric("Calls to Weights & Biases that failed so far; the run goes on", "calls", "0"),
 }

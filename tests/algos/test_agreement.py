@@ -60,7 +60,7 @@ def test_correlations_stay_within_one_and_refuse_unequal_lengths(correlation):
 
 def test_reliability_on_worked_numbers():
     # Two bins: (0.1, 0.3, 0.3) with one of three true, and (0.9) true. ECE = 3/4 * 0.1 + 1/4 * 0.1.
-    result = reliability([0.1, 0.3, 0.9, 0.3], [0, 1, 1, 0], num_bins=2)
+    result = reliability([0.1, 0.3, 0.9, 0.3], [0, 1, 1, 0], edges=[0, 0.5, 1])
     assert result.edges.tolist() == [0, 0.5, 1] and result.counts.tolist() == [3, 1]
     np.testing.assert_allclose(result.predicted, [0.7 / 3, 0.9])
     np.testing.assert_allclose(result.observed, [1 / 3, 1])
@@ -68,7 +68,7 @@ def test_reliability_on_worked_numbers():
 
 
 def test_bins_hold_their_lower_border_and_empty_bins_are_nan():
-    result = reliability([0.0, 0.5, 1.0], [0, 0.5, 1], num_bins=4)
+    result = reliability([0.0, 0.5, 1.0], [0, 0.5, 1], edges=[0, 0.25, 0.5, 0.75, 1])
     assert result.counts.tolist() == [1, 0, 1, 1] and result.ece == 0
     np.testing.assert_array_equal(result.predicted, [0, math.nan, 0.5, 1])
     np.testing.assert_array_equal(result.observed, [0, math.nan, 0.5, 1])
@@ -98,6 +98,17 @@ def test_pair_reliability_is_zero_for_the_true_gaps_and_not_for_exaggerated_ones
     assert pair_reliability(agreed, num_bins=10).ece < 0.015
     assert pair_reliability(3 * agreed, num_bins=10).ece > 0.1
     assert pair_reliability(agreed / 10, num_bins=10).ece > 0.1
+
+
+def test_pair_reliability_is_of_the_share_of_raters_behind_the_models_favourite():
+    # ln 1.5 is the gap of a probability of 0.6: what 60 % of the raters say, and against what 60 % say, which is 0.4.
+    right = pair_reliability(np.full(200, math.log(1.5)), np.full(200, 0.6), num_bins=10)
+    assert right.ece == pytest.approx(0)
+    turned = pair_reliability([-math.log(1.5)], [0.6], num_bins=10)
+    assert turned.ece == pytest.approx(0.6 - 0.4)
+    minority = pair_reliability([-math.log(1.5)], [0.4], num_bins=10)
+    assert minority.ece == pytest.approx(0)
+    assert pair_reliability([0.0], [0.9], num_bins=10).ece == 0  # no favourite
 
 
 def test_pair_reliability_survives_huge_gaps():

@@ -23,7 +23,6 @@ from raylhf.config.service import load_service_config
 from raylhf.rewards.build import BuildContext, build_reward
 from raylhf.rewards.state import RewardState
 from raylhf.rewards.texts import TextSample, rollouts_of_texts
-from raylhf.rewards.wire import renumbered
 from raylhf.rewards.worker import RewardWorker
 
 TOKEN = "a-token-of-thirty-two-characters"
@@ -175,6 +174,7 @@ def test_other_paths_and_methods_are_refused(server):
         (b'{"version": 1, "samples": [{"prompt": [], "response": 3}]}', 422, "samples.0.response"),
         (b'{"version": 1, "samples": [{"prompt": "x", "response": ""}]}', 422, "samples.0.prompt"),
         (b'{"version": 1, "samples": [{"prompt": [], "response": "", "num_tokens": -1}]}', 422, "num_tokens"),
+        (b'{"version": 1, "samples": [{"prompt": [], "response": "", "num_tokens": 10000001}]}', 422, "num_tokens"),
         (b'{"version": 1, "samples": [{"prompt": [], "response": "", "weight": 1}]}', 422, "samples.0.weight"),
         (body_of(*[sample("x")] * 21), 413, "21 samples are more than the 20"),
         (body_of(sample("x" * 20_000)), 413, "longer than 20000 bytes"),
@@ -268,7 +268,7 @@ def test_the_remote_reward_scores_through_it(server, monkeypatch):
 
     monkeypatch.setenv("REWARD_TOKEN_OF_THE_TEST", TOKEN)
     config = RemoteReward(kind="remote", url=server.url, token_env="REWARD_TOKEN_OF_THE_TEST", batch_size=3)
-    context = BuildContext(policy=None, device="cpu", batch_tokens=1000, threads=1, state=RewardState())
+    context = BuildContext(policy=None, device="cpu", batch_tokens=1000, state=RewardState())
     texts = ["So it is."] * 4 + ["refused"]
     turns = ({"role": "user", "content": "How was it?"},)
     output = build_reward(config, context).score(
@@ -291,8 +291,3 @@ def test_sigterm_ends_it_in_order_and_leaves_no_process(server):
     _, alive = psutil.wait_procs(server.processes(), timeout=10)
     assert [process.cmdline() for process in alive] == []
     assert TOKEN not in server.out.read_text()
-
-
-def test_sentences_name_the_samples_of_their_own_request():
-    text = "picky: prompt 5: bad; prompt 2 too"
-    assert renumbered(text, range(4, 7), 10) == "picky: sample 11: bad; a sample of another request too"

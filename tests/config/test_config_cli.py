@@ -112,3 +112,25 @@ def test_train_hands_the_checked_config_to_the_driver_and_returns_its_code(monke
     monkeypatch.setitem(sys.modules, "raylhf.driver.train", driver)
     assert main(["train", str(SHARED_GPU), "num_steps=2"]) == 3
     assert seen[0].num_steps == 2
+
+
+def test_check_reads_a_services_file(tmp_path, capsys):
+    file = tmp_path / "reward.yaml"
+    file.write_text(
+        "reward:\n  clip: 3\n  graph: {kind: whiten, reward: {kind: length, max_words: 77}}\n"
+        "serve: {port: 9000, min_replicas: 2}\n"
+    )
+    assert main(["check", str(file), "serve.batch_wait_s=0.5"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("max_words=77", "clipped to [-3, 3]", "statistics come from a run's", "no problems found"):
+        assert expected in out
+    rows = dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
+    assert {name: rows[name] for name in ("port", "batch_wait_s", "max_replicas", "token_file")} == {
+        "port": "9000",
+        "batch_wait_s": "0.5",
+        "max_replicas": "2",
+        "token_file": "none",
+    }
+    assert main(["check", str(file), "serve.prt=1"]) == 2
+    assert "serve.prt: unknown key; did you mean 'port'?" in capsys.readouterr().err
+    assert main(["check", str(file), "--data"]) == 2

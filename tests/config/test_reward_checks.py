@@ -42,6 +42,7 @@ LEGAL = [
     {"kind": "multi_value", "path": "rm", "weights": {"helpful": -1.0}},
     {"kind": "multi_value", "path": "rm"},
     node("sum", {"a": A}),
+    {"kind": "sum", "parts": [{"name": "a", "reward": A}, {"name": "logged", "weight": 0, "reward": B}]},
     node("min"),
     node("min", {"e": ENSEMBLE}),
     node("lower_confidence", {"e": {"kind": "multi_value", "path": "rm"}}),
@@ -88,7 +89,13 @@ REFUSED = [
     (node("gate"), ": is a gate without weights_key, rules or path"),
     (node("gate", weights_key="w", temperature=10), ".temperature: is 10, but there is no path"),
     (node("gate", rules=[rule(weights={"a": 1}), rule(weights={"c": 1})]), ".rules.1.weights: names 'c', which is no"),
-    (node("gate", rules=[rule(weights={})]), ".rules.0.weights: is empty"),
+    (node("gate", rules=[rule(weights={})]), ".rules.0.weights: is {}, by which no part scores such prompts"),
+    (node("gate", rules=[rule(weights={"a": 0, "b": 0})]), ".rules.0.weights: is {'a': 0.0, 'b': 0.0}, by which"),
+    ({"kind": "sum", "parts": [{"name": "a", "weight": 0, "reward": A}]}, ".parts: have weight 0 throughout"),
+    (
+        {"kind": "gate", "weights_key": "w", "parts": [{"name": n, "weight": 0, "reward": A} for n in "ab"]},
+        ".parts: have weight 0 throughout",
+    ),
     (node("gate", rules=[{"pattern": "*", "weights": {"a": 1}}]), ".rules.0.pattern: is '*', which is no regular"),
     (node("route"), ": is a route without key or rules"),
     (node("route", key="k", default="c"), ".default: names 'c', which is no part; the parts are a, b"),
@@ -179,6 +186,12 @@ def test_a_graph_is_drawn_as_a_tree_with_weights_rules_and_settings():
         "    \u2502       \u2514\u2500\u2500 1 x y: sentiment",
         "    \u2514\u2500\u2500 rule: format",
     ]
+
+
+@pytest.mark.parametrize(("temperature", "shown"), [(0.1, False), (1.0, True)])
+def test_a_setting_of_many_kinds_is_drawn_where_it_is_not_the_default_of_its_kind(temperature, shown):
+    line = drawn({"kind": "process", "path": "rm", "temperature": temperature})[1]
+    assert (f"temperature={temperature:g}" in line) == shown
 
 
 @pytest.mark.parametrize("graph", LEGAL, ids=lambda graph: graph["kind"])

@@ -86,6 +86,13 @@ def test_failures_neither_stop_nor_sample_anew_and_nothing_else_changes(file):
     assert after != before
 
 
+def test_a_schema_may_speak_of_on_failure(file):
+    override = "reward.graph={kind: json, json_schema: {const: {kind: json, on_failure: stop}}, on_failure: raise}"
+    graph = load_service_config(file, [override]).scoring.graph
+    assert graph.kind == "json" and graph.on_failure == "drop"
+    assert graph.json_schema == {"const": {"kind": "json", "on_failure": "stop"}}
+
+
 def test_nodes_that_live_on_a_runs_statistics_are_told(file):
     (note,) = load_service_config(file).notes
     assert "leave scores as they are" in note

@@ -106,6 +106,11 @@ def test_more_rows_than_a_batch_keep_their_order(config, capsys):
         ({"prompt": "x", "response": "x", "score": 1}, "has a field 'score' already"),
         ({"prompt": "x", "response": "x", "is_truncated": "yes"}, "is_truncated is 'yes'"),
         ({"prompt": "x", "response": "x", "num_tokens": True}, "num_tokens is True"),
+        ({"prompt": "x", "response": "x", "num_tokens": 10_000_001}, "a whole number from 0 to 10000000, or null"),
+        ({"prompt": "x", "response": "half of \ud83d"}, "'\\ud83d', a lone surrogate"),
+        ({"prompt": "x", "response": "x", "tags": {"\udc00": 1}}, "'\\udc00', a lone surrogate"),
+        ('{"prompt": "x", "response": "x", "weight": NaN}', "a number is NaN or infinite"),
+        ('{"prompt": "x", "response": "x", "weight": [1e999]}', "a number is NaN or infinite"),
     ],
 )
 def test_a_malformed_row_names_file_and_line_and_leaves_no_output(config, tmp_path, capsys, row, sentence):
@@ -124,6 +129,31 @@ def test_an_output_is_never_overwritten(config, capsys):
     assert "--output out.jsonl: exists already" in capsys.readouterr().err
     with open("out.jsonl") as file:
         assert file.read() == "precious\n"
+
+
+def test_the_output_is_ascii_and_another_commands_partial_file_is_left_alone(config):
+    rows = write("in.jsonl", {"prompt": "x", "response": "\u00fc \U0001f600"})
+    write("out.jsonl.partial", "precious")
+    assert main(["score", config, "--input", rows, "--output", "out.jsonl"]) == 0
+    with open("out.jsonl", "rb") as file:
+        assert file.read().isascii()
+    assert read("out.jsonl")[0]["response"] == "\u00fc \U0001f600"
+    with open("out.jsonl.partial") as file:
+        assert file.read() == "precious\n"
+
+
+def test_a_file_that_is_not_utf8_is_told(config, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "x", "response": "\xff"}\n')
+    assert main(["score", config, "--input", "in.jsonl"]) == 2
+    assert "in.jsonl, line 1: not UTF-8" in capsys.readouterr().err
+
+
+def test_the_exit_code_is_one_where_nothing_has_a_score(config):
+    rows = write("in.jsonl", {"prompt": "x", "response": "refused"})
+    assert main(["score", config, FUNCTION, "--input", rows, "--output", "out.jsonl"]) == 1
+    assert [row["score"] for row in read("out.jsonl")] == [None]
+    pairs = write("pairs.jsonl", {"prompt": "p3", "chosen": "refused", "rejected": "a"})
+    assert main(["reward", "eval", config, FUNCTION, "--input", pairs]) == 1
 
 
 def test_missing_and_empty_inputs_are_told(config, capsys):

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 
 from raylhf.batch import Pair, RewardExample
-from raylhf.config.reward_model import MSELoss
+from raylhf.config.reward_model import (
+    BradleyTerryLoss,
+    MSELoss,
+    PlackettLuceLoss,
+    ProcessLoss,
+    TokenAggregateLoss,
+    TokenStepLoss,
+)
 from raylhf.learner.reward_batch import (
     EncodedExample,
     Row,
+    cut_counts,
     deal,
     draw,
     encode_example,
@@ -17,12 +25,13 @@ from raylhf.learner.reward_batch import (
     pack_rows,
 )
 from raylhf.learner.reward_targets import target_scale
+from raylhf.learner.reward_terms import require_units
 from raylhf.models.tiny import byte_tokenizer
 
 
 def example_of(index: int, lengths: list[int]) -> EncodedExample:
     rows = [
-        Row(np.full(n, index, dtype=np.int64), np.ones(n, dtype=bool), np.zeros(0, dtype=np.int64), False)
+        Row(np.full(n, index, dtype=np.int64), np.ones(n, dtype=bool), np.zeros(0, dtype=np.int64), False, False)
         for n in lengths
     ]
     return EncodedExample(RewardExample(index, (), ("x",) * len(lengths), (Pair(0, 0),)), tuple(rows))
@@ -70,6 +79,64 @@ def test_steps_end_at_the_token_of_their_last_character_and_cut_ones_nowhere():
     (cut,) = encode_example(byte_tokenizer(), judged, max_tokens=5).rows  # "ab\n" and what ends the turn
     assert cut.is_truncated
     assert cut.step_tokens.tolist() == [1, -1]
+
+
+def test_cuts_are_counted_by_what_they_took():
+    messages = ({"role": "user", "content": "q" * 30},)
+    ends, labels = (np.array([2, 5]),), (np.array([1.0, 0.0]),)
+    judged = RewardExample(0, messages, ("ab\ncd",), step_ends=ends, step_labels=labels)
+    (whole,) = encode_example(byte_tokenizer(), judged, max_tokens=512).rows
+    limits = range(len(whole.ids) - 1, 0, -1)
+    rows = (encode_example(byte_tokenizer(), judged, max_tokens=limit).rows[0] for limit in limits)
+    prompt_cut, response_cut = (next(row for row in rows if row.response_mask.sum() == left) for left in (5, 4))
+    names = ("truncated_count", "response_cut_count", "steps_lost_count")
+    for counted, expected in (
+        ([whole], (0, 0, 0)),
+        ([prompt_cut], (1, 0, 0)),
+        ([whole, prompt_cut, response_cut], (2, 1, 1)),
+    ):
+        assert cut_counts(counted) == dict(zip(names, expected, strict=True))
+
+
+NO_TOKENS = np.zeros(0, dtype=np.int64)
+COMPARISONS = (
+    BradleyTerryLoss(kind="bradley_terry"),
+    PlackettLuceLoss(kind="plackett_luce"),
+    TokenAggregateLoss(kind="token_aggregate"),
+    TokenStepLoss(kind="token_step"),
+)
+
+
+@pytest.mark.parametrize("loss", COMPARISONS, ids=lambda loss: loss.kind)
+def test_prompts_without_a_comparison_are_refused(loss):
+    row = Row(np.ones(3, dtype=np.int64), np.ones(3, dtype=bool), NO_TOKENS, False, False)
+    alone = EncodedExample(RewardExample(0, (), ("x",), targets=np.array([[1.0]])), (row,))
+    with pytest.raises(ValueError, match=f"loss {loss.kind} finds nothing in the 2 training prompts: none has two"):
+        require_units([alone, alone], loss, part="training")
+    pair = EncodedExample(RewardExample(1, (), ("x", "y"), (Pair(0, 1),)), (row, row))
+    require_units([alone, pair], loss, part="training")
+
+
+def test_steps_without_labels_and_labels_without_steps_are_refused():
+    def solution(label: float, token: int) -> EncodedExample:
+        row = Row(np.ones(3, dtype=np.int64), np.ones(3, dtype=bool), np.array([token]), token < 0, token < 0)
+        ends, labels = (np.array([1]),), (np.array([label]),)
+        return EncodedExample(RewardExample(0, (), ("x",), step_ends=ends, step_labels=labels), (row,))
+
+    loss = ProcessLoss(kind="process")
+    with pytest.raises(ValueError, match="the 1 training prompts: no step has a label"):
+        require_units([solution(np.nan, 2)], loss, part="training")
+    sentence = r"the 2 held-out prompts: data.max_tokens cuts off all 1 labelled steps; raise it, or hold out others"
+    with pytest.raises(ValueError, match=sentence):
+        require_units([solution(1.0, -1), solution(np.nan, 2)], loss, part="held-out")
+    require_units([solution(1.0, 2)], loss, part="training")
+
+
+def test_held_out_responses_without_a_score_are_refused():
+    row = Row(np.ones(3, dtype=np.int64), np.ones(3, dtype=bool), NO_TOKENS, False, False)
+    silent = EncodedExample(RewardExample(0, (), ("x",), targets=np.array([[np.nan]])), (row,))
+    with pytest.raises(ValueError, match="the 1 held-out prompts: no response has a score"):
+        require_units([silent], MSELoss(kind="mse"), part="held-out")
 
 
 def test_a_response_without_text_is_judged_at_its_last_token():

@@ -105,6 +105,43 @@ def test_the_prompts_beginning_goes_first_then_the_responses_end_and_the_frame_s
     assert BYTES.decode(encode_judged(BYTES, PROMPT, "abcdefgh", max_tokens=8).ids) == "abcdef<|im_end|>\n"
 
 
+def test_the_assistants_header_stays_while_it_leaves_half_of_the_tokens_to_the_response():
+    header = "<|im_end|>\n<|im_start|>assistant\n"
+    cut = encode_judged(BYTES, PROMPT, "x" * 50, max_tokens=30)
+    assert BYTES.decode(cut.ids) == header + "x" * 15 + "<|im_end|>\n"  # 13 tokens, 15 and 2
+    shortened = encode_judged(BYTES, PROMPT, "so.", max_tokens=21)
+    assert BYTES.decode(shortened.ids) == "hy?" + header + "so.<|im_end|>\n"
+    assert "assistant" not in BYTES.decode(encode_judged(BYTES, PROMPT, "x" * 50, max_tokens=25).ids)
+    plain = encode_judged(without_template(), PROMPT, "x" * 50, max_tokens=8)
+    assert BYTES.decode(plain.ids) == "\n\nxxxxx<|im_end|>"
+
+
+def test_a_rendered_beginning_of_sequence_token_is_not_cut():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    judged = encode_judged(tokenizer, PROMPT, "so", max_tokens=8)
+    assert tokenizer.decode(judged.ids) == "<|pad|>y?][so]"
+    assert tokenizer.decode(encode_prompt_alone(tokenizer, PROMPT, max_tokens=4).ids) == "<|pad|>y?]"
+
+
+def test_a_template_that_rewrites_the_prompt_has_no_header_to_keep():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] | replace('why', 'how') }}]{% endfor %}"
+    assert tokenizer.decode(encode_judged(tokenizer, PROMPT, "so", max_tokens=4).ids) == "[so]"
+
+
+def test_a_last_step_that_ends_in_white_space_keeps_its_token_where_only_the_prompt_is_cut():
+    tokenizer = word_pieces()
+    ends = np.array([6, 14])
+    cut = encode_judged(tokenizer, PROMPT, "good. answer\n ", max_tokens=7)
+    assert cut.is_truncated and not cut.is_response_cut
+    assert tokenizer.convert_ids_to_tokens(cut.ids.tolist()) == ["[CLS]", "?", "[SEP]", "good", ".", "answer", "[SEP]"]
+    assert cut.tokens_at(ends).tolist() == [4, 5]
+    shorter = encode_judged(tokenizer, PROMPT, "good. answer\n ", max_tokens=5)
+    assert shorter.is_response_cut and shorter.tokens_at(ends).tolist() == [-1, -1]
+
+
 def test_steps_are_read_at_the_token_that_completes_them():
     encoded = encode_judged(BYTES, PROMPT, "a\u00e9 b", max_tokens=100)
     inside = np.flatnonzero(encoded.in_response)

@@ -73,3 +73,19 @@ def test_toxicity_is_minus_the_probability_of_offence(rollouts_of):
     assert output.scores[0] > -0.1
     assert output.scores[1] < -0.95
     assert (output.scores <= 0).all() and (output.scores >= -1).all()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "beginning", "end"),
+    [
+        (lambda: LanguageReward(language="en"), "This is a sentence about the weather. ", "Das ist ein Satz. "),
+        (lambda: SpellingReward(language="en"), "the cat likes the mail ", "zzxq yyxq "),
+        (WritingReward, "the cat sat on the mat today ", "This is very, very unique. "),
+        (ToxicityReward, "have a nice day ", "you are a stupid fucking idiot "),
+    ],
+)
+def test_only_the_beginning_of_a_long_response_is_scored(leaf, beginning, end, rollouts_of):
+    beginning = (beginning * 10_000)[:10_000]
+    output = leaf().score(rollouts_of(beginning, beginning + end * 2000))
+    assert output.scores[0] == output.scores[1]
+    assert leaf().score(rollouts_of(end)).scores[0] < output.scores[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from raylhf.models.policy import load_policy
 from raylhf.models.reward import build_reward_model, export_reward_model, load_reward_model, member_folders
 from raylhf.models.reward_text import encode_judged
 from raylhf.models.tiny import byte_tokenizer, write_tiny_model
+from raylhf.rewards import model_serving
 from raylhf.rewards.build import BuildContext
 from raylhf.rewards.dense_leaves import soft_minimum_credit, step_credit, step_ends
 from raylhf.rewards.model_leaves import (
@@ -29,7 +31,7 @@ from raylhf.rewards.model_leaves import (
     PromptClassifier,
     TokenLevelModelReward,
 )
-from raylhf.rewards.model_serving import plan_batches
+from raylhf.rewards.model_serving import PolicyTokens, plan_batches
 
 BYTES = byte_tokenizer()
 TEXTS = ("first step.\n\nsecond step", "ok \U0001f600!", "a rather long answer that says very little at all", "no")
@@ -338,7 +340,9 @@ def test_a_prompt_classifier_weighs_on_the_simplex_by_the_prompt(folders):
     def weights(temperature):
         gate = PromptClassifier(folders["attributes"], temperature=temperature, num_outputs=2, context=context())
         prompts = [Prompt(index=i, messages=({"role": "user", "content": text},)) for i, text in enumerate(TEXTS)]
-        return gate.weights(prompts)
+        weights, reasons = gate.weights(prompts)
+        assert reasons == {}
+        return weights
 
     sharp, soft = weights(0.01), weights(1e6)
     np.testing.assert_allclose(sharp.sum(1), 1.0)
@@ -368,3 +372,79 @@ def test_token_scores_are_aggregated_as_the_model_was_trained_and_only_then_cali
     assert not np.allclose(by_folder.score(texts).scores, total.score(texts).scores)
     assert by_folder.calibration is not None
     assert total.calibration is None
+
+
+def prompts_of(*texts):
+    return [Prompt(index=i, messages=({"role": "user", "content": text},)) for i, text in enumerate(texts)]
+
+
+def test_a_prompt_that_the_classifier_cannot_read_leaves_the_others_their_weights(folders):
+    gate = PromptClassifier(folders["attributes"], temperature=1.0, num_outputs=2, context=context())
+    expected, _ = gate.weights(prompts_of("one", "two"))
+    weights, reasons = gate.weights(prompts_of("one", "half a pair: \ud83d", "two"))
+    np.testing.assert_allclose(weights[[0, 2]], expected, rtol=1e-5)
+    assert np.isnan(weights[1]).all()
+    assert list(reasons) == [1] and reasons[1].startswith("the text cannot be read: TypeError")
+
+
+def test_a_prompt_with_several_responses_is_classified_once(folders):
+    gate = PromptClassifier(folders["attributes"], temperature=1.0, num_outputs=2, context=context())
+    sizes = []
+    gate._served.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    weights, _ = gate.weights(prompts_of("one", "two", "one", "one"))
+    assert sizes == [2]
+    np.testing.assert_array_equal(weights[[0, 0]], weights[2:])
+
+
+def test_a_response_that_cannot_be_read_is_invalid_alone(folders):
+    leaf = ExplicitModelReward(explicit(folders["scalar"]), context())
+    response = replace(rollouts_of("fine", "?"), response_texts=["fine", "half a pair: \ud83d"])
+    output = leaf.score(response)
+    assert output.valid.tolist() == [True, False]
+    assert output.errors[0].startswith("explicit: prompt 1: the text cannot be read: TypeError")
+
+
+def test_a_member_without_a_finite_score_is_left_out_of_the_ensemble(folders):
+    leaf = EnsembleModelReward(settings.EnsembleReward(kind="ensemble", paths=(folders["members"],)), context())
+    before = leaf.score(rollouts_of("fine", "broken~"))
+    broken = BYTES.encode("~")[0]
+    with torch.no_grad():
+        leaf._members[0].model.hf.model.embed_tokens.weight[broken] = torch.nan  # type: ignore[index]
+    output = leaf.score(rollouts_of("fine", "broken~"))
+    assert output.valid.all() and output.errors == ()
+    assert output.vector is not None and before.vector is not None
+    assert np.isnan(output.vector[1, 0])
+    np.testing.assert_allclose(output.scores, [before.vector[0].mean(), before.vector[1, 1]], rtol=1e-5)
+    with torch.no_grad():
+        leaf._members[1].model.hf.model.embed_tokens.weight[broken] = torch.nan  # type: ignore[index]
+    output = leaf.score(rollouts_of("fine", "broken~"))
+    assert output.valid.tolist() == [True, False]
+    assert output.errors == ("ensemble: prompt 1: the score is nan",)
+
+
+def test_members_of_which_only_some_are_calibrated_are_refused(folders, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(folders["scalar"], plain)
+    (plain / "raylhf_calibration.json").unlink()
+    paths = (folders["scalar"], str(plain))
+    with pytest.raises(ValueError, match=r"1 of 2 models have a calibration file, and '.*plain' has none"):
+        EnsembleModelReward(settings.EnsembleReward(kind="ensemble", paths=paths), context())
+
+
+def test_a_policys_slow_tokenizer_is_refused_when_the_leaf_is_built(folders, monkeypatch):
+    slow = byte_tokenizer()
+    monkeypatch.setattr(type(slow), "is_fast", False)
+    monkeypatch.setattr(model_serving, "load_tokenizer", lambda folder: slow)
+    with pytest.raises(ValueError, match="the tokenizer of 'policy' is a slow one"):
+        PolicyTokens("policy")
+
+
+def test_a_class_is_scored_by_its_log_odds_and_a_head_of_raylhf_by_its_output(folders, tmp_path):
+    foreign = tmp_path / "classifier"
+    shutil.copytree(folders["attributes"], foreign)
+    (foreign / "raylhf_reward.json").unlink()
+    texts = rollouts_of("some words", "no")
+    own = [explicit(folders["attributes"], output=k) for k in (0, 1)]
+    first, second = (ExplicitModelReward(leaf, context()).score(texts).scores for leaf in own)
+    odds = ExplicitModelReward(explicit(str(foreign), output=1), context()).score(texts).scores
+    np.testing.assert_allclose(odds, second - first, rtol=1e-6)

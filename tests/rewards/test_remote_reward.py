@@ -169,6 +169,25 @@ def test_parts_are_kept_null_is_nan_and_their_names_survive_a_failed_call(serve,
     np.testing.assert_array_equal(output.parts["fluent"], [np.nan])
 
 
+def test_a_server_names_64_parts_at_most_over_all_answers(serve, rollouts_of):
+    async def handle(request, body):
+        first = 40 * (len(server.requests) - 1)
+        return web.json_response({"scores": [1], "parts": {f"p{i}": [0.5] for i in range(first, first + 40)}})
+
+    server = serve(handle)
+    reward = remote(server.url)
+    assert reward.score(rollouts_of("a")).valid.all()
+    output = reward.score(rollouts_of("a"))
+    assert not output.valid.any()
+    assert output.errors == (f"remote {server.url}: the server has named 80 parts, more than 64",)
+    assert len(output.parts) == 40
+
+
+def test_a_part_with_an_endless_name_makes_the_answer_unusable(serve, rollouts_of):
+    server = serve(answer_json('{"scores": [1], "parts": {"' + "x" * 101 + '": [1]}}'))
+    assert "has a name of more than 100 characters" in only_failure(remote(server.url), rollouts_of("a"))
+
+
 @pytest.mark.parametrize(
     ("score", "sentence"),
     [
@@ -270,6 +289,23 @@ def test_all_attempts_together_end_at_the_deadline(serve, rollouts_of):
     error = only_failure(remote(server.url, deadline_s=0.6, attempt_timeout_s=0.25, retries=50), rollouts_of("a"))
     assert "no answer within" in error
     assert 2 <= len(server.requests) <= 3
+
+
+def test_the_deadline_is_one_for_all_requests_of_a_call(serve, rollouts_of):
+    server = serve(hang)
+    error = only_failure(remote(server.url, **SHORT, batch_size=1), rollouts_of(*["a"] * 80), num_errors=80)
+    assert "no answer within attempt_timeout_s=0.4" in error
+    assert 8 <= len(server.requests) <= 16
+
+
+def test_what_was_not_asked_in_time_is_told_and_is_no_failure_of_the_server(serve, rollouts_of):
+    server = serve(hang)
+    reward = remote(server.url, deadline_s=0.5, batch_size=1, breaker_failures=9)
+    output = reward.score(rollouts_of(*["a"] * 10))
+    told = [error.split("no score: ")[1] for error in output.errors]
+    assert told[-2:] == ["not asked, because deadline_s=0.5 was over before its turn"] * 2
+    assert all("no answer within deadline_s=0.5" in error for error in told[:8])
+    assert not reward._breaker.is_open
 
 
 def test_the_deadline_cuts_an_attempt_that_may_last_longer(serve, rollouts_of):

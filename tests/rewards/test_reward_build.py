@@ -146,7 +146,7 @@ class StandInClassifier:
         self.row = [temperature, *[0.0] * (num_outputs - 1)]
 
     def weights(self, prompts):
-        return np.array([self.row] * len(prompts))
+        return np.array([self.row] * len(prompts)), {}
 
 
 @pytest.fixture

@@ -181,3 +181,8 @@ def test_combinations_lie_between_minimum_and_mean_and_do_not_depend_on_the_orde
         assert_allclose(combine(members[:, order]).scores, scores, rtol=1e-9, atol=1e-9)
         assert (scores <= mean + 1e-9).all()
     assert (kl_dro(members, beta=beta).scores >= low - 1e-9).all()
+
+
+@pytest.mark.parametrize("beta", [1e9, 1e17, 1e300])
+def test_a_large_beta_of_kl_dro_does_not_round_the_members_away(beta):
+    assert_allclose(kl_dro(np.array([[0.0, 1.0, np.nan]]), beta=beta).scores, [0.5])

@@ -1,5 +1,6 @@
 """Nodes of the reward graph, over rewards with given scores."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -250,12 +251,57 @@ class ByLength:
 
     def weights(self, prompts):
         self.seen += [prompt.text for prompt in prompts]
-        return np.array([[1.0, 0.0] if len(prompt.text) > 3 else [0.25, 0.75] for prompt in prompts])
+        return np.array([[1.0, 0.0] if len(prompt.text) > 3 else [0.25, 0.75] for prompt in prompts]), {}
 
 
 class Broken:
     def weights(self, prompts):
         raise RuntimeError("out of memory")
+
+
+class Partial:
+    """Cannot read the first prompt."""
+
+    def weights(self, prompts):
+        return np.array([[NAN], *[[1.0]] * (len(prompts) - 1)]), {0: "there is no text to judge"}
+
+
+def test_a_prompt_that_the_classifier_cannot_read_is_invalid_alone(given, rollouts_of):
+    output = gate({"a": given(1.0, 2.0)}, [1], classifier=Partial()).score(rollouts_of("x", "y"))
+    assert output.valid.tolist() == [False, True]
+    assert output.errors == ("gate: prompt 10: the prompt classifier: there is no text to judge",)
+
+
+def test_a_rule_that_weighs_no_part_is_told_once_a_prompt_and_asks_no_part(given, rollouts_of):
+    part = given(1.0, 2.0)
+    rollouts = rollouts_of("x", "y")
+    rollouts = replace(rollouts, prompts=[rollouts.prompts[0]] * 2)
+    output = gate({"a": part}, [1], rules=[("question", {"a": 0.0})]).score(rollouts)
+    assert output.valid.tolist() == [False, False]
+    assert output.errors == ("gate: prompt 10: no part has a weight, so nothing scores the response",)
+    assert part.asked == []
+
+
+@pytest.mark.parametrize("weight", [1e300, -1e308])
+def test_weights_that_are_too_large_make_the_score_invalid_with_a_sentence(weight, given, rollouts_of):
+    output = weighted(a=(weight, given(4.0, 0.0)), b=(weight, given(5.0, 0.0))).score(rollouts_of("x", "y"))
+    assert output.valid[0] == np.False_
+    assert "combined scores are no finite float32 numbers" in output.errors[0]
+
+
+def test_a_response_to_which_no_member_applies_is_invalid_with_a_sentence(given, rollouts_of):
+    members = given(1.0, vector=[[NAN, NAN]], vector_names=("x", "y"))
+    output = Members({"m": members}, worst_case).score(rollouts_of("x"))
+    assert not output.valid[0]
+    assert "no member applies to the response" in output.errors[0]
+
+
+def test_a_scale_that_leaves_float32_makes_the_score_invalid_with_a_sentence(given, rollouts_of):
+    node = Calibrate(given(1.0, 0.0, NAN, token_scores=[[1], [0], [0]]), mean=0.0, std=1e-40)
+    output = node.score(rollouts_of("", "", ""))
+    assert output.valid.tolist() == [False, True, False]
+    assert output.errors == ("calibrate: 1 scores are no finite float32 numbers",)
+    assert_array_equal(output.scores, [NAN, 0.0, NAN])
 
 
 def test_a_gate_asks_the_data_then_its_rules_then_its_classifier(given, rollouts_of):
@@ -298,6 +344,10 @@ def test_armorms_debiased_gate_as_weights_of_the_data_row(given, rollouts_of):
         ({"c": 1.0}, "w weighs 'c'; the parts are a"),
         ([1.0], "w=[1.0] is not a mapping of part names to weights"),
         ({"a": NAN}, "w={'a': nan} is not a mapping"),
+        ({"a": True}, "w={'a': True} is not a mapping"),
+        ({"a": 10**400}, "w={'a': 1000"),
+        ({"a": 0.0}, "no part has a weight, so nothing scores the response"),
+        ({}, "no part has a weight"),
     ],
 )
 def test_weights_that_cannot_be_read_make_the_row_invalid_with_a_sentence(weights, sentence, given, rollouts_of):
@@ -415,7 +465,19 @@ def test_each_call_of_a_source_is_recorded_with_its_failures_and_scores(given, r
 def test_a_leaf_that_calls_infinity_valid_is_corrected(given, rollouts_of):
     output = Source("x", given(np.inf, 1.0, valid=[True, True]), "drop", RewardState()).score(rollouts_of("a", "b"))
     assert output.valid.tolist() == [False, True]
-    assert output.errors == ("GivenReward: 1 scores are called valid and are not finite",)
+    assert output.errors == ("GivenReward: 1 scores are no finite float32 numbers",)
+
+
+class Exiting:
+    arity: Literal["point", "group"] = "point"
+
+    def score(self, rollouts):
+        raise SystemExit(3)
+
+
+def test_a_leaf_that_would_end_the_process_fails_instead(rollouts_of):
+    output = Source("x", Exiting(), "drop", RewardState()).score(rollouts_of("a"))
+    assert output.errors == ("Exiting: SystemExit: 3",)
 
 
 class Short:
@@ -450,6 +512,14 @@ def test_the_columns_of_a_vector_are_parts_under_names_that_a_metric_may_have(gi
         "q/helpsteer_helpful": [0.5],
         "q/is_it_true_": [1.5],
     }
+
+
+def test_columns_that_would_share_a_name_get_suffixes_whatever_their_order(given, rollouts_of):
+    columns = {"is it?": 1.0, "is_it_": 2.0, "Is It!": 3.0}
+    for names in (list(columns), list(columns)[::-1]):
+        reward = given(1.0, vector=[[columns[name] for name in names]], vector_names=tuple(names))
+        output = Source("x", reward, "drop", RewardState()).score(rollouts_of("a"))
+        assert parts_of(output) == {"is_it_": [2.0], "is_it__2": [3.0], "is_it__3": [1.0]}
 
 
 def test_scores_do_not_depend_on_how_many_workers_share_the_state(given, rollouts_of):

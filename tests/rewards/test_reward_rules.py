@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import time
@@ -223,3 +224,69 @@ def test_the_reward_plane_needs_no_torch():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("schema", "response"),
+    [
+        ({"pattern": "^(a|aa)+$"}, "a" * 100 + "b"),
+        ({"patternProperties": {"^(a|aa)+$": True}}, {"a" * 100 + "b": 1}),
+        ({"properties": {"b": {"pattern": "^(a|aa)+$"}}}, {"b": "a" * 100 + "b"}),
+        ({"additionalProperties": False, "patternProperties": {"^(a|aa)+$": True}}, {"a" * 100 + "b": 1}),
+        (
+            {
+                "$schema": "https://json-schema.org/draft/2020-12/schema",
+                "properties": {"next": {"$ref": "#"}},
+                "pattern": "^(a|aa)+$",
+            },
+            {"next": "a" * 100 + "b"},
+        ),
+    ],
+)
+def test_a_schemas_pattern_that_never_ends_is_a_failed_score(schema, response, rollouts_of, monkeypatch):
+    monkeypatch.setattr("raylhf.rewards.rules.REGEX_LIMIT_S", 0.2)
+    started = time.monotonic()
+    output = reward(kind="json", json_schema=schema).score(rollouts_of(json.dumps(response)))
+    assert time.monotonic() - started < 5
+    assert not output.valid[0] and "TimeoutError" in output.errors[0]
+
+
+def test_a_schemas_patterns_choose_the_fields(rollouts_of):
+    schema = {
+        "properties": {"id": {"type": "integer"}},
+        "patternProperties": {"^n_": {"type": "number"}, "_s$": {"minimum": 0}},
+        "additionalProperties": {"type": "string", "pattern": "^[a-z]+$"},
+    }
+    rows = [
+        ({"id": 1, "n_x": 2.5, "name": "ann"}, 1),
+        ({"n_x": "2.5"}, 0),
+        ({"n_wait_s": -1}, 0),
+        ({"name": "Ann"}, 0),
+        ({"name": 3}, 0),
+        ({"id": "1"}, 0),
+        ([], 1),
+    ]
+    output = reward(kind="json", json_schema=schema).score(rollouts_of(*(json.dumps(row) for row, _ in rows)))
+    assert output.scores.tolist() == [score for _, score in rows]
+
+
+@pytest.mark.parametrize(
+    ("schema", "sentence"),
+    [
+        (
+            {"patternProperties": {"a": True}, "allOf": [{"unevaluatedProperties": False}]},
+            "use additionalProperties in the latter's place",
+        ),
+        ({"$defs": {"a": {"$schema": "https://json-schema.org/draft/2020-12/schema"}}}, "names a $schema below"),
+    ],
+)
+def test_a_schema_whose_searches_have_no_limit_is_refused(schema, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        reward(kind="json", json_schema=schema)
+
+
+def test_sentiment_reads_a_long_response_to_a_limit_and_no_longer_takes_its_square(rollouts_of):
+    started = time.monotonic()
+    output = reward(kind="sentiment").score(rollouts_of("The cat was here, but not the dog. " * 6000 + "Horrible!"))
+    assert time.monotonic() - started < 10
+    assert output.scores.tolist() == [0.0]

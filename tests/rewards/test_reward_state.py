@@ -20,11 +20,43 @@ def committed(*batches, **settings):
     return moments
 
 
-def test_the_first_commit_takes_the_batchs_moments_and_later_ones_average():
-    moments = committed([1.0, 3.0], [5.0, 9.0], decay=0.75)
-    # Means 2 and 7, population variances 1 and 4.
-    assert moments.mean == 0.75 * 2 + 0.25 * 7
-    assert moments.variance == 0.75 * 1 + 0.25 * 4
+def test_the_first_commit_takes_the_batchs_moments_exactly():
+    scores = 1e9 + np.random.default_rng(0).normal(size=7)
+    moments = committed(scores, decay=0.75)
+    assert (moments.mean, moments.variance) == (scores.mean(), scores.var())
+
+
+def test_later_commits_average_over_scores_whose_weight_decays():
+    moments = committed([1.0, 3.0], [5.0, 9.0, 4.0], decay=0.5)
+    # Weights 1/2, 1/2, 1, 1, 1.
+    weights, scores = np.array([0.5, 0.5, 1, 1, 1]) / 4, np.array([1.0, 3, 5, 9, 4])
+    mean = weights @ scores
+    assert_allclose([moments.mean, moments.variance], [mean, weights @ (scores - mean) ** 2])
+
+
+@pytest.mark.parametrize("size", [1, 2, 48])
+def test_the_spread_does_not_depend_on_how_many_scores_a_batch_has(size):
+    rng = np.random.default_rng(0)
+    spreads, moments = [], committed(rng.normal(size=48), decay=0.9)
+    for _ in range(400):
+        moments.fold(rng.normal(size=size))
+        spreads.append(moments.std)
+    assert 0.9 < np.mean(spreads[100:]) < 1.05
+
+
+def test_the_drift_of_the_mean_is_part_of_the_spread():
+    assert_allclose(committed([0.0], [10.0], decay=0.999).std, 5.0, rtol=1e-3)
+
+
+def test_scores_that_become_constant_shrink_the_scale_smoothly_and_to_a_twentieth_at_most():
+    moments = committed([-1.0, 1.0], decay=0.9)
+    before = moments.std
+    for _ in range(1000):
+        moments.fold(np.array([0.0]))
+        assert 0.5 * before < moments.std <= before
+        before = moments.std
+    assert before == 0.05
+    assert committed(*[[3.0]] * 5, decay=0.9).std == 1.0  # there never was a spread
 
 
 def test_a_reference_keeps_the_first_batch_for_ever():
@@ -115,7 +147,7 @@ def test_the_state_of_another_graph_is_refused_with_the_nodes_that_differ():
     state = RewardState()
     state.register("graph.reward", decay=0.5)
     with pytest.raises(ValueError, match=r"another graph: graph, graph\.reward has running moments"):
-        state.load_state_dict({"graph": {"num_commits": 1, "mean": 0.0, "variance": 1.0}})
+        state.load_state_dict({"graph": {}})
 
 
 def test_a_graph_without_memory_needs_no_commit():

@@ -13,7 +13,8 @@ from raylhf.config.reward import RewardPlaneConfig
 from raylhf.rewards.source import Source
 from raylhf.rewards.state import RewardState, merge_pending
 from raylhf.rewards.texts import TextSample, rollouts_of_texts
-from raylhf.rewards.worker import RewardWorker
+from raylhf.rewards.validity import NAMED_PROMPT
+from raylhf.rewards.worker import RewardWorker, rows_of
 
 CHARACTERS = {"kind": "characters", "characters": "a"}
 
@@ -46,6 +47,10 @@ def user_module(tmp_path, monkeypatch):
         "    return float(len(response))\n"
         "def moody(prompt, response, metadata):\n"
         "    return None if response == 'bad' else float(len(response))\n"
+        "def exiting(prompt, response, metadata):\n"
+        "    raise SystemExit('prompt 11: enough')\n"
+        "def huge(prompt, response, metadata):\n"
+        "    return 3e38\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield "worker_rewards"
@@ -326,3 +331,101 @@ def test_a_graph_of_rules_is_built_and_served_without_torch():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+class Ending:
+    """Ends the thread that asks for a score, past every leaf's own care."""
+
+    arity: Literal["point", "group"] = "point"
+
+    def score(self, rollouts):
+        raise SystemExit("a panic")
+
+
+def test_what_would_end_the_worker_reaches_every_request_and_the_worker_serves_on(rollouts_of):
+    scorer = worker()
+    reward, scorer._reward = scorer._reward, Ending()
+    answers = score(scorer, rollouts_of("a"), rollouts_of("b"))
+    assert [str(answer) for answer in answers] == ["the reward ended with SystemExit: a panic"] * 2
+    assert all(isinstance(answer, RuntimeError) for answer in answers)
+    scorer._reward = reward
+    ((output, _),) = score(scorer, rollouts_of("a"))
+    assert output.scores.tolist() == [1.0]
+
+
+def test_a_function_that_exits_fails_its_response_and_names_no_other_prompt(rollouts_of, user_module):
+    def request(index):
+        rollouts = rollouts_of("x")
+        return replace(rollouts, prompts=[replace(rollouts.prompts[0], index=index)])
+
+    answers = score(worker(kind="function", path=f"{user_module}:exiting"), request(10), request(11))
+    for (output, _), index in zip(answers, (10, 11), strict=True):
+        assert output.errors == (f"{user_module}:exiting: prompt {index}: SystemExit: prompt 11: enough",)
+
+
+def test_requests_that_are_left_when_the_serving_is_cancelled_are_told(rollouts_of, user_module):
+    scorer = worker(kind="function", path=f"{user_module}:slow")
+    module = sys.modules[user_module]
+
+    async def cancel():
+        first = asyncio.create_task(scorer.score(rollouts_of("x")))
+        await asyncio.to_thread(module.started.wait, 10)
+        second = asyncio.create_task(scorer.score(rollouts_of("yy")))
+        await asyncio.sleep(0)
+        assert scorer._serving is not None
+        scorer._serving.cancel()
+        answers = asyncio.gather(first, second, return_exceptions=True)
+        try:
+            return await asyncio.wait_for(answers, timeout=5)
+        finally:
+            module.go_on.set()
+
+    told = [str(answer) for answer in asyncio.run(cancel())]
+    assert told == [
+        "the reward worker was stopped before it answered the request",
+        "the reward worker was closed before it scored the request",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "index"),
+    [
+        ("answer: prompt 7: ValueError: prompt 8: no", "7"),
+        ("helpful: strict: my.module:score: prompt 7: prompt 8: no", "7"),
+        ("gate: prompt 7: no part has a weight", "7"),
+        ("remote http://host: prompt 7: it was bad", None),
+        ("helpful: Leaf: ValueError: prompt 7: it was bad", None),
+        ("the server says: see prompt 7", None),
+    ],
+)
+def test_a_sentence_is_about_the_prompt_that_it_begins_with(sentence, index):
+    found = NAMED_PROMPT.search(sentence)
+    assert (None if found is None else found[1]) == index
+
+
+def test_an_invalid_response_without_a_sentence_of_its_own_is_told_all(rollouts_of):
+    output = RewardOutput(
+        scores=np.array([math.nan, 1.0]), valid=np.array([False, True]), errors=("answer: prompt 99: no answer",)
+    )
+    assert rows_of(output, slice(0, 1), rollouts_of("a")).errors == ("answer: prompt 99: no answer",)
+    assert rows_of(output, slice(1, 2), rollouts_of("a")).errors == ()
+
+
+def test_a_score_beyond_float32_is_invalid_even_where_a_clip_would_bound_it(rollouts_of, user_module):
+    scorer = worker(penalty=1e38, clip=5.0, kind="function", path=f"{user_module}:huge")
+    scorer._reward = Negated(scorer._reward)
+    output = scorer.score_now(rollouts_of("a", "b", truncated=[1]))
+    assert output.valid.tolist() == [True, False]
+    assert output.scores[0] == -5.0 and math.isnan(output.scores[1])
+    assert output.errors == ("reward: 1 scores are no finite float32 numbers",)
+
+
+class Negated:
+    arity: Literal["point", "group"] = "point"
+
+    def __init__(self, reward):
+        self._reward = reward
+
+    def score(self, rollouts):
+        output = self._reward.score(rollouts)
+        return replace(output, scores=-output.scores)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from raylhf.config.reward_model import RewardDataConfig
-from raylhf.text.data_report import data_report, lines
+from raylhf.text.data_report import data_report, leaks, lines
 from raylhf.text.judgements import load_examples
 
 
@@ -76,6 +76,7 @@ def test_prompts_and_responses_of_both_parts_are_leaks_and_rows_without_a_prompt
         *({"prompt": p, "chosen": "x", "rejected": "z", "level": 1} for p in ("b", "c", "")),
         subset_key="level",
     )
+    assert leaks(train.examples, held_out.examples) == (1, 1)
     report = data_report(train.examples, held_out.examples, loaded=[train, held_out])
     assert (report.shared_prompts, report.shared_responses) == (1, 1)
     assert report.num_rows == 6

@@ -111,10 +111,19 @@ def test_all_pairs_of_a_prompt_become_one_example_with_contradictions_kept_and_c
     assert (judgements.num_rows, judgements.num_duplicates, judgements.num_contradictions) == (5, 1, 1)
 
 
-def test_rows_without_a_prompt_are_examples_of_their_own(tmp_path):
-    rows = [{"chosen": "x", "rejected": "y"}, {"prompt": "", "chosen": "x", "rejected": "y"}]
-    examples = load(tmp_path, "pairs", *rows, system_prompt="Be kind.").examples
-    assert [(e.index, e.messages, e.responses) for e in examples] == [(0, (), ("x", "y")), (1, (), ("x", "y"))]
+def test_rows_without_a_prompt_are_one_example_where_their_responses_are_the_same(tmp_path):
+    rows = [{"chosen": "x", "rejected": "y"}, {"chosen": "x", "rejected": "z"}, {"chosen": "y", "rejected": "x"}]
+    examples = load(tmp_path, "pairs", *rows, {"prompt": "", **rows[0]}, system_prompt="Be kind.").examples
+    assert [(e.index, e.messages, e.responses) for e in examples] == [(0, (), ("x", "y")), (1, (), ("x", "z"))]
+    assert examples[0].pairs == (Pair(0, 1), Pair(1, 0), Pair(0, 1))
+
+
+def test_a_response_judged_twice_without_a_prompt_never_leaks_into_the_held_out_part(tmp_path):
+    rows = [{"response": f"r{i // 2}", "score": i} for i in range(20)]
+    examples = load(tmp_path, "scores", *rows).examples
+    assert [float(np.ravel(e.targets)[0]) for e in examples] == [2 * i + 0.5 for i in range(10)]
+    train, held_out = split_examples(examples, 0.5, seed=0)
+    assert not {e.responses for e in train} & {e.responses for e in held_out}
 
 
 def test_a_ranking_without_ranks_is_best_first(tmp_path):
@@ -269,6 +278,8 @@ def test_a_solution_labelled_by_several_rows_takes_the_majority_of_each_step(tmp
         ("scores", {"response": "a", "score": "4"}, "score is '4'"),
         ("scores", {"response": "a", "score": True}, "score is True"),
         ("scores", {"response": "a", "score": NAN}, "score is nan; it must be a finite number"),
+        ("scores", {"response": "a", "score": 3.5e38}, "score is beyond float32, whose largest number is 3.4e+38"),
+        ("scores", {"response": "a", "score": -(10**400)}, "score is beyond float32"),
         ("scores", {"response": "a", "score": 1, "score_std": -1}, "std of score is -1; .* >= 0"),
         ("scores", {"responses": ["a", "b"], "scores": 1}, "scores has 1; it must be a list of 2"),
         ("scores", {"responses": ["a", "b"], "scores": [1, math.inf]}, "scores[1] is inf"),

@@ -43,6 +43,25 @@ def test_messages_name_the_setting_that_holds_the_path(tmp_path):
         list(read_rows(str(tmp_path / "a.txt.gz"), split="train"))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": "caf\xe9"}', "not UTF-8"),
+        (b'{"a": ["x\\ud83d"]}', r"half a character \('\\ud83d', a lone surrogate\)"),
+        (b'{"\\uDe00": 1}', "half a character"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named(tmp_path, name, line, problem):
+    file = tmp_path / name
+    content = b'{"a": "\\ud83d\\ude00"}\r\n\n' + line
+    file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    rows = read_rows(str(file), split="train")
+    assert next(rows) == (f"{file}, line 1", {"a": "\U0001f600"})
+    with pytest.raises(ValueError, match=rf"{name}, line 3: {problem}"):
+        next(rows)
+
+
 def test_a_line_that_is_no_object_is_named(tmp_path):
     path = write_gzip(tmp_path / "a.jsonl.gz", '{"a": 1}\n[1]\n')
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line 2: a JSON list, not an object"):
