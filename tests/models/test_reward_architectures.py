@@ -53,8 +53,15 @@ def write_with_one_special_token(folder, *, num_embeddings):
 def test_a_pad_token_is_added_where_eos_is_the_only_special_token(tmp_path):
     source, folder = write_with_one_special_token(tmp_path / "in", num_embeddings=258), str(tmp_path / "out")
     model, tokenizer = build(source), load_tokenizer(source)
-    hashes = {"tokenizer_hash": tokenizer_hash(tokenizer), "template_hash": template_hash(tokenizer)}
-    calibration = Calibration(n=1, mean=(0.0,), std=(1.0,), q01=(0.0,), q99=(0.0,), **hashes)
+    calibration = Calibration(
+        n=1,
+        mean=(0.0,),
+        std=(1.0,),
+        q01=(0.0,),
+        q99=(0.0,),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        template_hash=template_hash(tokenizer),
+    )
     state = {name: p.detach() for name, p in model.hf.named_parameters()}
     export_reward_model(model, folder, state=state, tokenizer=tokenizer, calibration=calibration)
     saved = AutoTokenizer.from_pretrained(folder)

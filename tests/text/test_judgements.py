@@ -121,7 +121,7 @@ def test_rows_without_a_prompt_are_one_example_where_their_responses_are_the_sam
 def test_a_response_judged_twice_without_a_prompt_never_leaks_into_the_held_out_part(tmp_path):
     rows = [{"response": f"r{i // 2}", "score": i} for i in range(20)]
     examples = load(tmp_path, "scores", *rows).examples
-    assert [float(np.ravel(e.targets)[0]) for e in examples] == [2 * i + 0.5 for i in range(10)]
+    assert [e.targets is not None and e.targets[0, 0] for e in examples] == [2 * i + 0.5 for i in range(10)]
     train, held_out = split_examples(examples, 0.5, seed=0)
     assert not {e.responses for e in train} & {e.responses for e in held_out}
 
