@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 import torch
 from command_line import REPOSITORY, TEST_S, numbers, undocumented
-from reward_stand_ins import ATTRIBUTES, HEADS, MEAN, Q01, Q99, STD, Oracle, free_port, write_reward_model
+from exported_reward_models import ATTRIBUTES, HEADS, MEAN, Q01, Q99, STD, Oracle, free_port, write_reward_model
 
 from raylhf.config.load import load_config
 from raylhf.models.tiny import write_tiny_model
