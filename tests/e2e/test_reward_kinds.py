@@ -303,7 +303,7 @@ def test_a_failed_score_with_resample_is_sampled_anew_and_trained_on(raylhf, fic
 
 
 def test_a_failed_score_with_raise_ends_the_run_and_names_the_leaf(raylhf, fickle):
-    once = ("rollout.group_size=1", "evaluation.responses_per_prompt=1")
+    once = ("rollout.group_size=1", "evaluation.responses_per_prompt=1", "learner.micro_batch_size=4")
     run = raylhf.run("raise", *with_leaf("once", "raise"), *once, environment=fickle)
     assert run.process.returncode == 2, run.story()
     assert run.left_running() == []
