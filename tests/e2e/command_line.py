@@ -27,9 +27,10 @@ END_S = 120.0
 GRACE_S = 10.0
 POLL_S = 0.2
 CLOCK_METRICS = re.compile(
-    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|(reward|eval)/source/.*_latency_p\d\d_s"
+    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|(reward|eval)/source/.*_(latency_p\d\d_s|score_mean|score_std)"
 )
-"""Metrics that depend on the machine and on what else it does."""
+"""Metrics that depend on the machine and on what else it does: in the last bits also a leaf's own statistics, which are
+put together from calls, and which requests share a call depends on when they come."""
 
 
 @dataclass
