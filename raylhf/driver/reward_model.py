@@ -47,7 +47,9 @@ class RewardModelJob:
                     run.restore(*checkpoint)
                 elif self._has_held_out:
                     prompts, responses = self._leaks
-                    tracker.log(0, {"data/shared_prompts_count": prompts, "data/shared_responses_count": responses})
+                    tracker.log(
+                        0, {"rm_eval/shared_prompts_count": prompts, "rm_eval/shared_responses_count": responses}
+                    )
                 status = run.train()
                 if config.checkpoint.export and status == "complete":
                     tracker.set_phase("export")

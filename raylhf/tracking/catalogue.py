@@ -90,10 +90,6 @@ METRICS: dict[str, Metric] = {
     "data/epoch": Metric("Epochs drawn from the training prompts", "epochs"),
     "data/dropped_overlong_count": Metric("Prompts longer than max_prompt_tokens, dropped at the start", "prompts"),
     "data/dropped_responses_count": Metric("Responses of the step that were not trained on", "responses", "0"),
-    "data/shared_prompts_count": Metric(
-        "Held-out prompts of a reward model that are in its training part too", "prompts", "0"
-    ),
-    "data/shared_responses_count": Metric("Different held-out texts that are in the training part too", "texts", "0"),
     # sync: weights from learner to rollout workers
     "sync/gb_per_s": Metric("Bytes of the weights by time/sync_s, for one receiver", "GB/s"),
     "sync/bytes": Metric("Bytes of the weights sent", "bytes"),
@@ -144,6 +140,10 @@ METRICS: dict[str, Metric] = {
     "rm/response_cut_count": Metric("Those of them whose response, and not only the prompt, was cut", "texts", "0"),
     "rm/steps_lost_count": Metric("Steps of solutions whose end was cut off: their labels are not used", "steps", "0"),
     # rm_eval: the reward model on held-out judgements
+    "rm_eval/shared_prompts_count": Metric("Held-out prompts that are in the training part too", "prompts", "0"),
+    "rm_eval/shared_responses_count": Metric(
+        "Different held-out texts that are in the training part too", "texts", "0"
+    ),
     "rm_eval/loss": Metric("Loss on the held-out judgements", "loss", "falls with rm/loss"),
     "rm_eval/accuracy": Metric(
         "Share of held-out pairs ranked as the raters did; a tie counts half", "0 to 1", "rises"

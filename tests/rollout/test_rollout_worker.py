@@ -183,11 +183,16 @@ def test_equal_weights_change_nothing_and_new_weights_change_the_same_cached_pro
 
 
 def test_an_update_in_the_middle_of_a_response_lets_it_finish_under_the_new_weights(harness):
+    async def pause_in_flight() -> None:
+        """On the engine's own event loop: a look from this thread may come when all is done."""
+        engine = harness.worker._engine
+        while engine.get_num_unfinished_requests() < 8:
+            assert not flying.done()
+            await asyncio.sleep(0)
+        await engine.pause_generation(mode="keep", clear_cache=False)
+
     flying = harness.submit(harness.worker.generate(LONG, num_responses=16, seed=0))
-    engine = harness.worker._engine
-    while engine.get_num_unfinished_requests() < 16:
-        assert not flying.done()
-    harness.call(engine.pause_generation(mode="keep", clear_cache=False))
+    harness.call(pause_in_flight())
     harness.publish(harness.models[1])
     rollouts, _ = flying.result(WAIT_S)
     longest = [i for i, reason in enumerate(rollouts.finish_reasons) if reason == "length"]
