@@ -25,7 +25,9 @@ class PairBaseline:
         chosen, rejected = (self._terms.transform([pair[i] for pair in pairs]) for i in (0, 1))
         features = vstack([chosen - rejected, rejected - chosen])
         labels = np.repeat([1, 0], len(pairs))
-        model = LogisticRegressionCV(Cs=STRENGTHS, cv=3, fit_intercept=False, max_iter=1000)
+        # The last three are scikit-learn's present defaults, named because it announces others.
+        defaults = {"l1_ratios": (0,), "scoring": "accuracy", "use_legacy_attributes": False}
+        model = LogisticRegressionCV(Cs=STRENGTHS, cv=3, fit_intercept=False, max_iter=1000, **defaults)
         self._model = model.fit(features, labels)
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
