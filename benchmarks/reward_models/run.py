@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 from raylhf.text.judgement_rows import parse_transcript
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
 RAYLHF = [sys.executable, "-m", "raylhf.cli"]
 
 
@@ -34,30 +35,34 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
     parser.add_argument("--work", type=Path, default=Path("runs/reward_models"))
+    parser.add_argument("--reuse", action="store_true", help="evaluate the scores that are in --work already")
     arguments = parser.parse_args()
     for name in arguments.only:
         started = time.perf_counter()
         experiment = EXPERIMENTS[name]
-        folds = [run_fold(name, experiment, fold, arguments.data, arguments.work) for fold in experiment.folds]
+        place = (arguments.data, arguments.work)
+        folds = [run_fold(name, experiment, fold, *place, reuse=arguments.reuse) for fold in experiment.folds]
         values = EVALUATIONS[SETS[experiment.data][0]](experiment, folds)
-        minutes = (time.perf_counter() - started) / 60
+        known = json.loads(RESULTS.read_text()).get(name) if RESULTS.is_file() and arguments.reuse else None
+        minutes = (time.perf_counter() - started) / 60 if known is None else known["minutes"]
         print(f"{name} ({minutes:.1f} min): {show(values)}", flush=True)
         keep(name, {"values": values, "minutes": minutes, "train_rows": [len(f["train"]) for f in folds]})
 
 
-def run_fold(name: str, experiment: Experiment, fold: int, data: Path, work: Path) -> dict[str, Any]:
+def run_fold(name: str, experiment: Experiment, fold: int, data: Path, work: Path, *, reuse: bool) -> dict[str, Any]:
     """Train on one fold's training rows; its rows, exported model and the scores of its held-out responses."""
     train, test = write_fold(data, experiment.data, fold, work / "data", max_train=experiment.max_train)
     kind = SETS[experiment.data][0]
     run_name = f"{name}_{fold}"
     settings = experiment.settings(run_name, str(train), str(test), kind, str(work))
     config = work / f"{run_name}.yaml"
-    config.write_text(json.dumps(settings))
-    subprocess.run([*RAYLHF, "train", str(config)], check=True, stdout=subprocess.DEVNULL)
+    if not reuse:
+        config.write_text(json.dumps(settings))
+        subprocess.run([*RAYLHF, "train", str(config)], check=True, stdout=subprocess.DEVNULL)
     export = work / run_name / "export"
     rows = {part: [json.loads(line) for line in file.open()] for part, file in (("train", train), ("test", test))}
     responses = [response for row in rows["test"] for response in responses_of(row, kind)]
-    scored = score(export, experiment, responses, work / f"{run_name}_scores.jsonl")
+    scored = score(export, experiment, responses, work / f"{run_name}_scores.jsonl", reuse=reuse)
     return {**rows, "export": str(export), "scores": scored}
 
 
@@ -80,15 +85,20 @@ def split_transcript(text: str) -> tuple[str, str]:
     return json.dumps(turns), last["content"]
 
 
-def score(export: Path, experiment: Experiment, pairs: Sequence[tuple[str, str]], output: Path) -> dict[Any, Row]:
+def score(
+    export: Path, experiment: Experiment, pairs: Sequence[tuple[str, str]], output: Path, *, reuse: bool
+) -> dict[Any, Row]:
     """`raylhf score` of the unique responses: {(prompt, response): {score, parts}}."""
+    unique = list(dict.fromkeys(pairs))
+    if reuse:
+        rows = [json.loads(line) for line in output.open()]
+        return dict(zip(unique, rows, strict=True))
     leaf = {"scalar": "explicit", "multi_value": "multi_value", "ensemble": "ensemble", "token": "process"}
     kind = leaf[experiment.head["kind"]]
     path = {"paths": [str(export)]} if kind == "ensemble" else {"path": str(export)}
     graph = {"kind": kind, **path, "max_tokens": experiment.max_tokens}
     config = output.with_suffix(".yaml")
     config.write_text(json.dumps({"reward": {"graph": graph, "threads": 2, "missing_eos_penalty": 0}}))
-    unique = list(dict.fromkeys(pairs))
     source = output.with_name(f"{output.stem}_input.jsonl")
     with source.open("w") as file:
         for prompt, response in unique:
@@ -119,7 +129,7 @@ def evaluate_pairs(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> d
             if experiment.head["kind"] == "ensemble":
                 gaps = member_gaps(fold["scores"][chosen], fold["scores"][rejected])
                 outcomes |= {f"member {k}": gap for k, gap in enumerate(gaps)}
-                members[prompt].append((float(np.std(gaps, ddof=1)), row["disagreement"]))
+                members[prompt].append((*disagreement(np.array(gaps)).values(), row["disagreement"]))
             for who, gap in outcomes.items():
                 hits[who][prompt].append(float(accuracy(np.array(gap))))
     prompts = list(hits["model"])
@@ -134,8 +144,21 @@ def evaluate_pairs(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> d
         gains = [mean - average for mean, average in zip(own, each, strict=True)]
         values["mean of the ensemble minus its average member"] = interval(gains, mean_of_all)
         pairs = [np.array(members[p]) for p in prompts]
-        values["Spearman of disagreement and vote entropy"] = interval(pairs, correlation("spearman"))
+        for column, what in enumerate(disagreement(np.zeros(2))):
+            columns = [own[:, [column, -1]] for own in pairs]
+            values[f"Spearman of vote entropy and {what}"] = interval(columns, correlation("spearman"))
     return values
+
+
+def disagreement(gaps: np.ndarray) -> dict[str, float]:
+    """How unsure an ensemble is about one pair, from its members' gaps [M], in three ways."""
+    wins = 1 / (1 + np.exp(-gaps))
+    mean = wins.mean()
+    return {
+        "the members' spread of gaps": float(gaps.std(ddof=1)),
+        "the members' spread of win probabilities": float(wins.std(ddof=1)),
+        "the entropy of the mean win probability": float(-mean * np.log(mean) - (1 - mean) * np.log(1 - mean)),
+    }
 
 
 def member_gaps(chosen: Row, rejected: Row) -> list[float]:
@@ -279,11 +302,10 @@ EVALUATIONS = {
 
 def keep(name: str, result: dict[str, Any]) -> None:
     """Add one experiment to results.json and write the table anew."""
-    file = HERE / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     results[name] = result
     ordered = {key: results[key] for key in EXPERIMENTS if key in results}
-    file.write_text(json.dumps(ordered, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
     lines = ["| experiment | minutes | quantity | value [95 % interval] |", "|---|---|---|---|"]
     for key, entry in ordered.items():
         for i, (label, (value, low, high)) in enumerate(entry["values"].items()):

@@ -60,7 +60,7 @@ def _print_change(console: Console, config: RunConfig, first: dict[str, Any], la
     for heading in ("", f"step {first['step']}", f"step {last['step']}"):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("reward (mean +- standard error)", _with_error(before), _with_error(after))
-    for key in [key for key in before if key.startswith("eval/part/")]:
+    for key in [key for key in before if key.startswith("eval/part/") and key.endswith("_mean")]:
         name = key.removeprefix("eval/part/").removesuffix("_mean")
         table.add_row(f"  {name}", f"{before[key]:.3f}", f"{after[key]:.3f}")
     budget = config.objective.kl.budget_per_sequence
