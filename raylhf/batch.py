@@ -116,6 +116,8 @@ class RewardOutput:
     """Invalid rows whose leaf asks for the prompt's group to be sampled anew, bool [B]; None means no row."""
     errors: tuple[str, ...] = ()
     """One sentence for each failure."""
+    num_truncated: int = 0
+    """Of a leaf's own output: responses that its model read in part, their texts with the prompts being too long."""
 
     @staticmethod
     def concatenate(outputs: Sequence["RewardOutput"]) -> "RewardOutput":
@@ -163,6 +165,10 @@ class Pair:
     """How much better it is, in the data's units (0: not said)."""
     agreement: float | None = None
     """Share of raters who prefer it; None where the data does not say."""
+    time: float | None = None
+    """When it was judged, in the data's units; None where the data does not say."""
+    reward_gaps: Mapping[str, float] = field(default_factory=dict)
+    """By how much the chosen response is better in the values of other rewards, by name."""
 
 
 @dataclass(frozen=True)

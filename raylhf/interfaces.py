@@ -1,7 +1,7 @@
 """The contracts between roles, as Protocols: any class that has the methods satisfies them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -10,9 +10,6 @@ from raylhf.batch import Prompt, RewardOutput, Rollouts
 
 class Reward(Protocol):
     """A leaf or a node of the reward graph."""
-
-    arity: Literal["point", "group"]
-    """`group` needs all responses of one prompt together; a rollout call delivers whole groups."""
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         """Score each response. A failure is `valid = False` and a sentence in `errors`, never an exception or a 0."""

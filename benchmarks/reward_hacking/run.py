@@ -8,8 +8,6 @@ written beside this file.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,9 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from runs import rows_with, train_once
+
 NODE = "reward.graph.parts.0.reward"
 NODES = {
     "mean": [f"{NODE}.coef=0"],
@@ -48,32 +49,18 @@ def main() -> None:
     runs = []
     for seed in arguments.seeds:
         for node in arguments.nodes:
-            train(arguments.output, node, seed)
-            runs.append({"node": node, "seed": seed, **read(arguments.output / run_name(node, seed))})
+            folder = arguments.output / f"{node}_{seed}"
+            train_once(HERE / "hacking.yaml", folder, [f"seed={seed}", *NODES[node]])
+            runs.append({"node": node, "seed": seed, **read(folder)})
             (HERE / "results.json").write_text(json.dumps({"table": table(runs), "runs": runs}, indent=1) + "\n")
             draw(runs, HERE / "hacking.png")
     for node, values in table(runs).items():
         print(node, values)
 
 
-def run_name(node: str, seed: int) -> str:
-    return f"{node}_{seed}"
-
-
-def train(output: Path, node: str, seed: int) -> None:
-    """Run `raylhf train` unless the run is there and complete."""
-    summary = output / run_name(node, seed) / "summary.json"
-    if summary.exists() and json.loads(summary.read_text())["status"] == "complete":
-        return
-    command = [str(Path(sys.executable).with_name("raylhf")), "train", str(HERE / "hacking.yaml")]
-    command += [f"name={run_name(node, seed)}", f"output_dir={output.resolve()}", f"seed={seed}", *NODES[node]]
-    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-
-
 def read(folder: Path) -> dict[str, list[float]]:
     """Curves over the training steps; `disagreement` is how far member_5 is above the median of the honest members."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if COLUMNS["proxy"] in row]
+    rows = rows_with(folder, COLUMNS["proxy"])
     curves = {name: [row[key] for row in rows] for name, key in COLUMNS.items()}
     honest = np.median([[row[key] for row in rows] for key in HONEST], axis=0)
     corrupted = np.array(curves.pop("member_5"))

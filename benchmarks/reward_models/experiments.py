@@ -110,5 +110,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         lr=1e-4,
         trainable_layers=4,
     ),
-    "process_minilm": Experiment("process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512),
+    "process_minilm": Experiment(
+        "process_steps", MINILM, {"kind": "process"}, head={"kind": "token"}, max_tokens=512, epochs=8, lr=2e-4
+    ),
 }

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr
 
 NUM_SAMPLES = 2000
 
@@ -47,6 +47,16 @@ def first_error_f1(clusters: Sequence[Sequence[tuple[int, int]]]) -> float:
     right = [found == true for found, true in pairs if true < 0]
     a, b = float(np.mean(wrong)) if wrong else 0.0, float(np.mean(right)) if right else 0.0
     return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def roc_area(clusters: Sequence[Sequence[tuple[float, bool]]]) -> float:
+    """How often a wrong step looks worse than a right one, ties half; pairs are (score of wrongness, is wrong)."""
+    table = np.array([pair for cluster in clusters for pair in cluster])
+    ranks, wrong = rankdata(table[:, 0]), table[:, 1] == 1
+    num_wrong, num_right = wrong.sum(), (~wrong).sum()
+    if not num_wrong or not num_right:
+        return float("nan")
+    return float((ranks[wrong].sum() - num_wrong * (num_wrong + 1) / 2) / (num_wrong * num_right))
 
 
 def show(values: Mapping[str, tuple[float, float, float]]) -> str:

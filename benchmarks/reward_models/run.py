@@ -20,7 +20,7 @@ import numpy as np
 from baselines import PairBaseline, ScoreBaseline, StepBaseline, step_label
 from data import ATTRIBUTES, SETS, Row, write_fold
 from experiments import EXPERIMENTS, Experiment
-from intervals import accuracy, correlation, first_error_f1, interval, mean_of_all, show
+from intervals import accuracy, correlation, first_error_f1, interval, mean_of_all, roc_area, show
 from scipy.stats import spearmanr
 
 from raylhf.text.judgement_rows import parse_transcript
@@ -244,9 +244,10 @@ def evaluate_attributes(
 
 
 def evaluate_steps(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
-    """ProcessBench's F1, and accuracy over labelled steps."""
+    """ProcessBench's F1; accuracy and area under the ROC curve (of a wrong step's probability) over labelled steps."""
     found: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     steps: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    wrongs: dict[str, dict[str, list[tuple[float, bool]]]] = defaultdict(lambda: defaultdict(list))
     for fold in folds:
         words = StepBaseline(fold["train"])
         for row, model in zip(fold["test"], step_probabilities(fold, experiment), strict=True):
@@ -259,12 +260,18 @@ def evaluate_steps(experiment: Experiment, folds: Sequence[dict[str, Any]]) -> d
             ):
                 wrong = np.nonzero(right < 0.5)[0]
                 found[who][row["cluster"]].append((int(wrong[0]) if len(wrong) else -1, true))
-                said = [(p >= 0.5) == label for p, label in zip(right, labels, strict=True) if label is not None]
-                steps[who][row["cluster"]] += [float(hit) for hit in said]
+                judged = [(p, label) for p, label in zip(right, labels, strict=True) if label is not None]
+                steps[who][row["cluster"]] += [float((p >= 0.5) == label) for p, label in judged]
+                wrongs[who][row["cluster"]] += [(1 - p, not label) for p, label in judged]
     values = {f"first-error F1, {who}": interval(list(own.values()), first_error_f1) for who, own in found.items()}
-    return values | {
+    values |= {
         f"step accuracy, {who}": interval([np.array(v) for v in own.values()], mean_of_all)
         for who, own in steps.items()
+    }
+    return values | {
+        f"area under the ROC curve, {who}": interval(list(own.values()), roc_area)
+        for who, own in wrongs.items()
+        if who != "always right"
     }
 
 

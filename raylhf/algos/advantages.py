@@ -122,6 +122,18 @@ def rloo_advantages(scores: Tensor, group_ids: Tensor, valid: Tensor) -> Tensor:
     return (centered * num_valid / (num_valid - 1).clamp(min=1)).float()
 
 
+def gdpo(vector: Tensor, group_ids: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum [R] of the columns of `vector` [R, J], each normalised within its group first (arXiv 2601.05242).
+
+    Every reward thus has a say by its weight [J], whatever its scale; summed first and normalised afterwards, the one
+    that varies most decides alone. Columns are normalised as in `grpo_advantages`, whose other arguments and edge
+    cases these are. NaN in a column means that it does not apply: it adds 0, and the column's other members are a
+    group without it. Whiten the result over the global batch, since its scale grows with the number of columns.
+    """
+    columns = [grpo_advantages(column, group_ids, valid & ~column.isnan()) for column in vector.unbind(dim=1)]
+    return (torch.stack(columns, dim=1) * weights).sum(dim=1)
+
+
 GroupBaseline = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 GROUP_BASELINES: dict[str, GroupBaseline] = {

@@ -45,6 +45,40 @@ def logprobs_and_entropy_from_hidden(
     return torch.cat(logprobs), torch.cat(entropies)
 
 
+def logprobs_and_kl_from_hidden(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    tokens: Tensor,
+    ref_hidden: Tensor,
+    ref_lm_head_weight: Tensor,
+    *,
+    temperature: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` [N] of the policy, and KL(reference || policy) [N] in nats over the whole vocabulary.
+
+    As `logprobs_and_entropy_from_hidden`, with the reference's states [N, D] and output layer [V, D], which get no
+    gradient. At most two tensors of [chunk_size, V] exist at a time.
+    """
+    fixed = (lm_head_weight, ref_lm_head_weight, temperature)
+    chunks = [
+        checkpoint(_kl_chunk, *chunk, *fixed, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(hidden.split(chunk_size), tokens.split(chunk_size), ref_hidden.split(chunk_size), strict=True)
+    ]
+    logprobs, divergences = zip(*chunks, strict=True)
+    return torch.cat(logprobs), torch.cat(divergences)
+
+
+def _kl_chunk(
+    hidden: Tensor, tokens: Tensor, ref_hidden: Tensor, weight: Tensor, ref_weight: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_probs = _log_softmax(linear(hidden.to(weight.dtype), weight), temperature)
+    with torch.no_grad():
+        ref_log_probs = _log_softmax(linear(ref_hidden.to(ref_weight.dtype), ref_weight), temperature)
+    gap = ref_log_probs.clamp(min=_LOGPROB_FLOOR) - log_probs.clamp(min=_LOGPROB_FLOOR)
+    return _gather(log_probs, tokens), (ref_log_probs.exp() * gap).sum(dim=-1)
+
+
 def _chunk(hidden: Tensor, tokens: Tensor, lm_head_weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     log_probs = _log_softmax(linear(hidden.to(lm_head_weight.dtype), lm_head_weight), temperature)
     return _gather(log_probs, tokens), _entropy(log_probs)

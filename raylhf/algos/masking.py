@@ -18,6 +18,16 @@ def mask_out(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.float(), 0.0)
 
 
+def lift(values: Tensor) -> Tensor:
+    """`values` in fp32, or in float64 if that is what they are (finite differences need it)."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def select(values: Tensor, mask: Tensor) -> Tensor:
+    """`mask_out` for losses that keep float64: `values`, lifted, where `mask` (same shape) is True, and 0 elsewhere."""
+    return torch.where(mask, lift(values), 0.0)
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum (fp32 scalar) of `values` where `mask` (same shape) is True; 0 for an empty mask."""
     return mask_out(values, mask).sum()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from raylhf.algos.masking import last_response_index
+from raylhf.algos.masking import last_response_index, lift, select
 
 
 def pairwise_losses(
@@ -32,7 +32,7 @@ def pairwise_losses(
     d = log((1 - eps) / eps), whereas torch's label_smoothing puts only eps / 2 on the wrong class. `center_coef` holds
     scores around 0, which the gap alone leaves open (arXiv 2312.09244).
     """
-    chosen, rejected = _lift(chosen), _lift(rejected)
+    chosen, rejected = lift(chosen), lift(rejected)
     gaps = chosen - rejected
     if margins is not None:
         gaps = gaps - margins
@@ -48,9 +48,9 @@ def squared_errors(scores: Tensor, targets: Tensor, *, weights: Tensor | None = 
     variances of the raters, say) and are read only where a target is.
     """
     observed = ~targets.isnan()
-    losses = (_select(scores, observed) - _select(targets, observed)).square()
+    losses = (select(scores, observed) - select(targets, observed)).square()
     if weights is not None:
-        losses = losses * _select(weights, observed)
+        losses = losses * select(weights, observed)
     return losses, observed
 
 
@@ -68,7 +68,7 @@ def plackett_luce_losses(scores: Tensor, ranks: Tensor, mask: Tensor, *, top: in
     instead of O(d!), exact where tied scores are equal and at the first choice of a tie (so two responses that tie
     have the pairwise loss with flip probability 1/2).
     """
-    scores = _select(scores, mask)
+    scores = select(scores, mask)
     ranked = mask & ~ranks.isnan()
     places = torch.where(ranked, ranks, torch.inf)
     # Entry [b, i, j] relates response j to response i; row i stands for the choice that puts i into its place.
@@ -88,7 +88,7 @@ def plackett_luce_losses(scores: Tensor, ranks: Tensor, mask: Tensor, *, top: in
     log_weights = torch.where(counted[:, :, None], log_weights, 0.0)
     numerators = torch.where(tied, scores[:, None, :], 0.0).sum(dim=2) / num_tied
     losses = torch.logsumexp(scores[:, None, :] + log_weights, dim=2) - numerators
-    return _select(losses, counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+    return select(losses, counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
 def aggregate_tokens(token_scores: Tensor, mask: Tensor, *, how: Literal["sum", "mean", "last"]) -> Tensor:
@@ -97,7 +97,7 @@ def aggregate_tokens(token_scores: Tensor, mask: Tensor, *, how: Literal["sum", 
     A sum grows with length; the last score is that of an ordinary reward model. Only the aggregate is supervised, so
     single token scores are identified up to shifts that cancel in it.
     """
-    selected = _select(token_scores, mask)
+    selected = select(token_scores, mask)
     if how == "sum":
         return selected.sum(dim=1)
     if how == "mean":
@@ -121,7 +121,7 @@ def token_step_losses(
     response, `truncate` stops, `zero` takes 0 for its scores and `hold` its last score (0 if it has no token); both go
     on to the end of the longer one. Divide by the counts to keep long pairs from weighing more.
     """
-    chosen, rejected = _select(chosen, chosen_mask), _select(rejected, rejected_mask)
+    chosen, rejected = select(chosen, chosen_mask), select(rejected, rejected_mask)
     if past_shorter == "truncate":
         counted = chosen_mask & rejected_mask
     elif past_shorter in ("zero", "hold"):
@@ -131,7 +131,7 @@ def token_step_losses(
     if past_shorter == "hold":
         chosen = torch.where(chosen_mask, chosen, _last_score(chosen, chosen_mask)[:, None])
         rejected = torch.where(rejected_mask, rejected, _last_score(rejected, rejected_mask)[:, None])
-    losses = _select(pairwise_losses(chosen, rejected), counted)
+    losses = select(pairwise_losses(chosen, rejected), counted)
     return losses.sum(dim=1), counted.sum(dim=1)
 
 
@@ -141,7 +141,7 @@ def process_losses(logits: Tensor, labels: Tensor) -> Tensor:
     `logits` [N] are read at the ends of the labelled steps; `labels` [N] are 1 for a right step, 0 for a wrong one, or
     a probability in between. Steps without a label are left out by the caller.
     """
-    logits = _lift(logits)
+    logits = lift(logits)
     return binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
 
 
@@ -161,13 +161,3 @@ def _last_score(selected: Tensor, mask: Tensor) -> Tensor:
     """Entry [B] of `selected` [B, T], which is 0 outside `mask` [B, T], at the last True position; 0 without any."""
     index = last_response_index(mask).clamp(min=0)
     return selected.gather(1, index[:, None]).squeeze(1)
-
-
-def _select(values: Tensor, mask: Tensor) -> Tensor:
-    """`values`, lifted, where `mask` (same shape) is True, and 0 elsewhere."""
-    return torch.where(mask, _lift(values), 0.0)
-
-
-def _lift(values: Tensor) -> Tensor:
-    """`values` in fp32, or in float64 if that is what they are (finite differences need it)."""
-    return values if values.dtype == torch.float64 else values.float()

@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
+    text = "list every optimisation method with what it needs"
+    command = commands.add_parser("algorithms", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(overrides=[])
     add_reward_commands(commands)
     return parser
 
@@ -96,6 +99,10 @@ def run_command(arguments: argparse.Namespace) -> int:
             from raylhf.cli.explain import run_explain
 
             return run_explain(arguments.config, arguments.overrides)
+        if arguments.command == "algorithms":
+            from raylhf.cli.algorithms import run_algorithms
+
+            return run_algorithms()
         if arguments.command in REWARD_COMMANDS:
             return REWARD_COMMANDS[arguments.command](arguments)
         from raylhf.cli.train import run_train

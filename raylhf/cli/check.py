@@ -1,20 +1,21 @@
 """`raylhf check`: the resolved plan of a run, or what a reward service will serve."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
 from raylhf.cli.reward_tree import grow
-from raylhf.cli.tables import new_table, roles_table
+from raylhf.cli.tables import new_table, roles_table, with_settings
 from raylhf.config.errors import ConfigError
 from raylhf.config.load import load_any_config
 from raylhf.config.memory import GIB
-from raylhf.config.objective import AdaptiveKLControl
+from raylhf.config.objective import AdaptiveKLControl, CriticConfig, PPOConfig
 from raylhf.config.plan import Plan, resolve_plan
+from raylhf.config.preference import OnlineDPOConfig
 from raylhf.config.reward import RewardPlaneConfig
-from raylhf.config.run import RewardModelRunConfig, RunConfig
+from raylhf.config.run import OfflineRunConfig, RunConfig
 from raylhf.config.service import ServiceConfig, load_service_config
 from raylhf.config.source import read_source
 
@@ -22,20 +23,20 @@ from raylhf.config.source import read_source
 def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
     """Print the plan. Problems stop the loading with a ConfigError; a warning about memory does not.
 
-    `with_data` reads a reward model's judgements as well and tells what is in them.
+    `with_data` reads stored judgements as well and tells what is in them.
     """
     config = load_service_config(path, overrides) if _is_service(path) else load_any_config(path, overrides)
     console = Console(highlight=False, soft_wrap=True)
-    if isinstance(config, RewardModelRunConfig):
-        from raylhf.cli.check_reward_model import check_reward_model
+    if isinstance(config, OfflineRunConfig):
+        from raylhf.cli.check_offline import check_offline
 
         try:
-            check_reward_model(console, config, with_data=with_data)
+            check_offline(console, config, with_data=with_data)
         except ValueError as error:  # a row that cannot be read: its sentence is the whole message
             raise ConfigError([str(error)]) from error
     else:
         if with_data:
-            raise ConfigError([f"{path}: --data reads a reward model's judgements, and there are none in this file"])
+            raise ConfigError([f"{path}: --data reads stored judgements, and there are none in this file"])
         if isinstance(config, ServiceConfig):
             _check_service(console, config)
         else:
@@ -107,26 +108,40 @@ def _reward(config: RewardPlaneConfig) -> Tree:
 
 
 def _objective(config: RunConfig, plan: Plan) -> Table:
-    objective, kl = config.objective, config.objective.kl
-    estimator = kl.estimator or {"reward": "k1", "loss": "k2"}[kl.placement]
+    objective = config.objective
     table = Table(
         title="Objective", title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
     )
-    table.add_row("advantage", objective.advantage + (f", {_critic(config, plan)}" if config.has_critic else ""))
-    table.add_row("KL penalty", f"{kl.coef:g} x {estimator} in the {kl.placement}")
-    if isinstance(kl.control, AdaptiveKLControl):
-        target, horizon = kl.control.target_per_sequence, kl.control.horizon
-        table.add_row("KL control", f"adaptive towards {target:g} nats per response over {horizon:g} responses")
-    else:
-        table.add_row("KL control", "fixed")
-    budget = kl.budget_per_sequence
+    rows = _ppo(objective, config, plan) if isinstance(objective, PPOConfig) else _online_dpo(objective)
+    for label, value in rows:
+        table.add_row(label, value)
+    budget = config.kl_budget
     table.add_row("KL budget", "none" if budget is None else f"{budget:g} nats per response, then the run stops")
     table.add_row("weight transfer", plan.weight_transfer)
     return table
 
 
-def _critic(config: RunConfig, plan: Plan) -> str:
-    critic = config.objective.critic
+def _ppo(objective: PPOConfig, config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
+    kl = objective.kl
+    estimator = kl.estimator or {"reward": "k1", "loss": "k2"}[kl.placement]
+    yield "advantage", objective.advantage + (f", {_critic(config.critic, plan)}" if config.critic else "")
+    yield "KL penalty", f"{kl.coef:g} x {estimator} in the {kl.placement}"
+    if isinstance(kl.control, AdaptiveKLControl):
+        target, horizon = kl.control.target_per_sequence, kl.control.horizon
+        yield "KL control", f"adaptive towards {target:g} nats per response over {horizon:g} responses"
+    else:
+        yield "KL control", "fixed"
+
+
+def _online_dpo(objective: OnlineDPOConfig) -> Iterator[tuple[str, str]]:
+    yield "loss", with_settings(objective.loss)
+    yield "pairs", with_settings(objective.pairs)
+    reference = objective.reference
+    moves = f"moves by {reference.mix:g} every {reference.every_steps} steps" if reference.every_steps else "fixed"
+    yield "reference", moves
+
+
+def _critic(critic: CriticConfig, plan: Plan) -> str:
     if critic.trunk == "shared":
         return "value head on the policy's trunk"
     size = "size unknown" if plan.critic_parameters is None else f"{plan.critic_parameters:,} parameters"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from raylhf.config.base import Settings
 from raylhf.config.placement import Role
 
 
@@ -27,3 +28,11 @@ def roles_table(roles: Sequence[Role]) -> Table:
     gpus = sum(role.replicas * role.num_gpus for role in roles)
     table.add_row("all", str(sum(role.replicas for role in roles)), "", "", f"{cpus:g}", f"{gpus:g}")
     return table
+
+
+def with_settings(settings: Settings) -> str:
+    """The kind with its settings, in one line."""
+    values = settings.model_dump()
+    kind = values.pop("kind")
+    shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return f"{kind} ({shown})" if shown else kind

@@ -10,10 +10,12 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from raylhf.config.base import Settings
-from raylhf.config.checks import Problem, find_problems
+from raylhf.config.checks import find_problems
 from raylhf.config.errors import ConfigError
+from raylhf.config.offline_checks import find_preference_problems
+from raylhf.config.problems import Problem
 from raylhf.config.reward_model_checks import find_reward_model_problems
-from raylhf.config.run import AnyRunConfig, CommonConfig, RewardModelRunConfig, RunConfig
+from raylhf.config.run import AnyRunConfig, CommonConfig, PreferenceRunConfig, RewardModelRunConfig, RunConfig
 from raylhf.config.schema import Location, Path, describe, dotted, item_of, kind_of, locate, models_of, nearest
 from raylhf.config.source import Source, read_source
 
@@ -24,6 +26,7 @@ PATH_KEYS: tuple[Path, ...] = (
     ("data", "held_out_path"),
     ("model", "path"),
     ("objective", "critic", "path"),
+    ("objective", "loss", "guide"),
     ("serve", "token_file"),
 )
 """Settings that may name something on disk beside the config file; the models of a reward graph come to them."""
@@ -47,8 +50,11 @@ def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfi
 def load_any_config(path: str | FilePath, overrides: Sequence[str] = ()) -> AnyRunConfig:
     """The settings of whichever kind of run the file's `objective.kind` names; as `load_config`."""
     source = read_source(path, overrides)
-    if source.value(("objective", "kind")) == "reward_model":
-        return validated(source, FilePath(path), RewardModelRunConfig, find_reward_model_problems)
+    match source.value(("objective", "kind")):
+        case "reward_model":
+            return validated(source, FilePath(path), RewardModelRunConfig, find_reward_model_problems)
+        case "preference" | "sft":
+            return validated(source, FilePath(path), PreferenceRunConfig, find_preference_problems)
     return validated(source, FilePath(path), RunConfig, find_problems)
 
 

@@ -1,10 +1,11 @@
-"""What is optimised: PPO with a KL penalty, with a critic (gae) or a group baseline."""
+"""What a policy run optimises: PPO with a KL penalty, with a critic (gae) or a group baseline; or online DPO."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from raylhf.config.base import Settings
+from raylhf.config.preference import OnlineDPOConfig
 
 
 class FixedKLControl(Settings):
@@ -61,8 +62,10 @@ class PPOConfig(Settings):
     """PPO with a KL penalty (1707.06347, 1909.08593, 2203.02155); defaults are lm-human-preferences' unless named."""
 
     kind: Literal["ppo"] = "ppo"
-    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp"] = "gae"
-    """Advantage estimator: gae needs a critic, grpo/dr_grpo/rloo need group_size >= 2."""
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gdpo"] = "gae"
+    """Advantage estimator: gae needs a critic, grpo/dr_grpo/rloo/gdpo need group_size >= 2."""
+    gdpo_weights: dict[str, float] = {}
+    """Weight of each named part of the reward (`gdpo`): every part is normalised within its group by itself."""
     kl: KLConfig = KLConfig()
     """Penalty for leaving the reference policy."""
     critic: CriticConfig = CriticConfig()
@@ -74,7 +77,7 @@ class PPOConfig(Settings):
     bootstrap_truncated: bool = False
     """Use the critic's value at the cut of a response that ran into max_response_tokens, instead of 0."""
     whiten_advantages: bool = True
-    """Mean 0, deviation 1 over the response tokens of the whole global batch (gae and reinforce_pp)."""
+    """Mean 0, deviation 1 over the response tokens of the whole global batch (gae, reinforce_pp and gdpo)."""
     num_epochs: int = Field(default=4, ge=1)
     """Passes over a rollout batch."""
     num_minibatches: int = Field(default=1, ge=1)
@@ -93,4 +96,11 @@ class PPOConfig(Settings):
     """Stop the epochs of this batch when KL(old || new) per token passes 1.5 times this; null means off."""
 
 
-ObjectiveConfig = PPOConfig
+def _kind(value: Any) -> str:
+    return value.get("kind", "ppo") if isinstance(value, dict) else getattr(value, "kind", "ppo")
+
+
+ObjectiveConfig = Annotated[
+    Annotated[PPOConfig, Tag("ppo")] | Annotated[OnlineDPOConfig, Tag("online_dpo")], Discriminator(_kind)
+]
+"""`kind` tells which; a file without one is PPO."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from raylhf.config.run import AnyRunConfig, RewardModelRunConfig
+from raylhf.config.run import AnyRunConfig, RunConfig
 
 EPSILON = 1e-6
 """Fractions of a GPU are sums of decimals."""
@@ -71,7 +71,7 @@ class Placement:
 def roles_of(config: AnyRunConfig) -> tuple[Role, ...]:
     """The roles of a run."""
     learner = Role("learner", config.learner.num_ranks, config.learner.num_cpus, config.learner.num_gpus)
-    if isinstance(config, RewardModelRunConfig):
+    if not isinstance(config, RunConfig):
         return (learner,)
     return (
         Role("rollout", config.rollout.replicas, config.rollout.num_cpus, config.rollout.num_gpus),

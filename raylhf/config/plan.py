@@ -111,13 +111,13 @@ def plan_batch(config: RunConfig) -> BatchPlan:
 
 
 def _has_own_critic(config: RunConfig) -> bool:
-    return config.has_critic and config.objective.critic.trunk == "own"
+    return config.critic is not None and config.critic.trunk == "own"
 
 
 def _critic_architecture(config: RunConfig, policy: Architecture | None) -> Architecture | None:
-    if not _has_own_critic(config):
+    if config.critic is None or config.critic.trunk != "own":
         return None
-    path = config.objective.critic.path
+    path = config.critic.path
     return architecture_of(path) if path else policy
 
 

@@ -157,6 +157,8 @@ class TokenLevelReward(ModelLeaf):
     aggregate: Literal["sum", "mean", "last"] | None = None
     """How token scores make the response's score; the dense scores are scaled to add to it. Null: as the model was
     trained, which its folder says, and the mean for other models."""
+    link: Literal["identity", "probability"] = "identity"
+    """probability: a token scores 2 sigmoid(output) - 1, from -1 to 1 (TLCR, 2407.16574; trained on `edits`)."""
 
 
 class ProcessReward(ModelLeaf):

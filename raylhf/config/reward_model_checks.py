@@ -1,10 +1,11 @@
 """Whether a reward model's settings make sense together."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 
-from raylhf.config.checks import Problem, check_devices, check_placement, problem_at
+from raylhf.config.checks import check_devices, check_placement
+from raylhf.config.judgement_checks import check_judgements
+from raylhf.config.problems import Problem, problem_at
 from raylhf.config.reward_model import BradleyTerryLoss, EnsembleHead, MSELoss, MultiValueHead, TokenAggregateLoss
 from raylhf.config.run import RewardModelRunConfig
 
@@ -24,14 +25,14 @@ DATA = {
     "plackett_luce": ("rankings", "scores", "pairs"),
     "token_aggregate": ("pairs", "rankings", "scores"),
     "token_step": ("pairs", "rankings", "scores"),
-    "process": ("steps",),
+    "process": ("steps", "edits"),
 }
 """Judgements that a loss can learn from; a ranking and scores hold pairs too."""
 
 
 def find_reward_model_problems(config: RewardModelRunConfig) -> list[Problem]:
     """Every problem, in the order of the sections."""
-    checks = (check_devices, _check_objective, _check_head, _check_data, check_placement)
+    checks = (check_devices, _check_objective, _check_head, check_judgements, check_placement)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -84,24 +85,6 @@ def _check_head(config: RewardModelRunConfig) -> Iterator[Problem]:
             "learner.gradient_checkpointing",
             "is true, but it recomputes layers when another member's adapter may be selected (objective.head.trunk: "
             "lora); set it to false, or use trunk: shared",
-        )
-
-
-def _check_data(config: RewardModelRunConfig) -> Iterator[Problem]:
-    data = config.data
-    if data.held_out_path is not None and data.held_out > 0:
-        yield problem_at("data.held_out", f"is {data.held_out:g} beside held_out_path; set it to 0")
-    if data.held_out_path is not None:
-        path, held_out = (os.path.realpath(os.path.expanduser(p)) for p in (data.path, data.held_out_path))
-        if path == held_out or (os.path.isfile(held_out) and path == os.path.dirname(held_out)):
-            yield problem_at(
-                "data.held_out_path", "is a part of data.path; give a source of its own, or remove it and set held_out"
-            )
-    if data.held_out >= 1 and data.held_out != int(data.held_out):
-        yield problem_at("data.held_out", f"is {data.held_out:g}; give a share below 1, or a whole number of prompts")
-    if config.evaluation.every_steps > 0 and data.held_out == 0 and data.held_out_path is None:
-        yield problem_at(
-            "data.held_out", "is 0, but evaluation.every_steps is set; hold prompts out, or set every_steps: 0"
         )
 
 

@@ -1,19 +1,29 @@
 """The whole run."""
 
 import math
+from typing import Any
 
 from pydantic import Field
 
 from raylhf.config.base import Settings
 from raylhf.config.cluster import ClusterConfig
 from raylhf.config.data import DataConfig
+from raylhf.config.judgements import JudgementDataConfig
 from raylhf.config.learner import LearnerConfig
 from raylhf.config.model import ModelConfig
-from raylhf.config.objective import ObjectiveConfig, PPOConfig
+from raylhf.config.objective import CriticConfig, ObjectiveConfig, PPOConfig
+from raylhf.config.preference import PreferenceConfig, PreferenceEvaluationConfig, SFTConfig
+from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.config.reward import RewardPlaneConfig
-from raylhf.config.reward_model import RewardDataConfig, RewardEvaluationConfig, RewardModelConfig
+from raylhf.config.reward_model import RewardEvaluationConfig, RewardModelConfig
 from raylhf.config.rollout import RolloutConfig
 from raylhf.config.tracking import TrackingConfig
+
+
+def guide_of(objective: Settings) -> str | None:
+    """The third model that the objective's loss names, if any."""
+    loss = getattr(objective, "loss", None)
+    return loss.guide if isinstance(loss, TGDPOLoss) else None
 
 
 class EvaluationConfig(Settings):
@@ -94,22 +104,39 @@ class RunConfig(CommonConfig):
         return "ipc" if self.rollout.num_gpus < 1 else "nccl"
 
     @property
-    def has_critic(self) -> bool:
-        """Whether a value function is trained."""
-        return self.objective.advantage == "gae"
+    def critic(self) -> CriticConfig | None:
+        """The value function that is trained, if any."""
+        objective = self.objective
+        return objective.critic if isinstance(objective, PPOConfig) and objective.advantage == "gae" else None
+
+    @property
+    def second_model(self) -> str | None:
+        """The model that the critic starts from, or a loss's guide, where it is not the policy."""
+        return self.critic.path if isinstance(self.objective, PPOConfig) and self.critic else guide_of(self.objective)
+
+    @property
+    def kl_budget(self) -> float | None:
+        """Most KL to the reference allowed, in nats per response."""
+        objective = self.objective
+        return (
+            objective.kl.budget_per_sequence if isinstance(objective, PPOConfig) else objective.kl_budget_per_sequence
+        )
 
 
-class RewardModelRunConfig(CommonConfig):
-    """A run that trains a reward model."""
+class JudgementRunConfig(CommonConfig):
+    """A run on stored judgements: it samples nothing."""
 
     num_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; null means what objective.num_epochs passes take."""
-    data: RewardDataConfig
+    data: JudgementDataConfig
     """The judgements."""
-    objective: RewardModelConfig
-    """Loss and head."""
-    evaluation: RewardEvaluationConfig = RewardEvaluationConfig()
-    """Held-out evaluation."""
+    objective: Any
+    """The method, of the kinds below."""
+
+    @property
+    def second_model(self) -> str | None:
+        """A loss's guide."""
+        return guide_of(self.objective)
 
     def total_steps(self, num_prompts: int) -> int:
         """Optimizer steps of the run over `num_prompts` training prompts."""
@@ -117,5 +144,25 @@ class RewardModelRunConfig(CommonConfig):
         return self.num_steps or self.objective.num_epochs * per_epoch
 
 
-AnyRunConfig = RunConfig | RewardModelRunConfig
+class RewardModelRunConfig(JudgementRunConfig):
+    """A run that trains a reward model."""
+
+    objective: RewardModelConfig
+    """Loss and head."""
+    evaluation: RewardEvaluationConfig = RewardEvaluationConfig()
+    """Held-out evaluation."""
+
+
+class PreferenceRunConfig(JudgementRunConfig):
+    """A run that trains a policy on stored comparisons, or on examples of good responses."""
+
+    objective: PreferenceConfig | SFTConfig = Field(discriminator="kind")
+    """The optimisation method."""
+    evaluation: PreferenceEvaluationConfig = PreferenceEvaluationConfig()
+    """Held-out evaluation."""
+
+
+OfflineRunConfig = RewardModelRunConfig | PreferenceRunConfig
+"""Runs on stored judgements."""
+AnyRunConfig = RunConfig | OfflineRunConfig
 """What a config file may describe; `objective.kind` tells which."""

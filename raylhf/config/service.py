@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from raylhf.config.base import Settings
-from raylhf.config.checks import Problem, problem_at
 from raylhf.config.cluster import ClusterConfig
 from raylhf.config.load import validated
+from raylhf.config.problems import Problem, problem_at
 from raylhf.config.reward import RewardPlaneConfig
 from raylhf.config.reward_checks import find_reward_problems
 from raylhf.config.reward_leaves import Leaf

@@ -172,7 +172,7 @@ def _part_metrics(groups: Sequence[ScoredGroup], valid: np.ndarray, area: str) -
 
 
 def _source_metrics(groups: Sequence[ScoredGroup], area: str) -> dict[str, float]:
-    """How long each leaf's calls took, what they gave, and how many responses it failed to score."""
+    """How long each leaf's calls took, what they gave, and how many responses it failed to score or read in part."""
     calls: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
         for call in group.reward_summary["sources"]:
@@ -184,6 +184,7 @@ def _source_metrics(groups: Sequence[ScoredGroup], area: str) -> dict[str, float
             f"{area}/source/{name}_latency_p50_s": float(np.percentile(seconds, 50)),
             f"{area}/source/{name}_latency_p95_s": float(np.percentile(seconds, 95)),
             f"{area}/source/{name}_failed_count": float(sum(call["num_failed"] for call in own)),
+            f"{area}/source/{name}_truncated_count": float(sum(call["num_truncated"] for call in own)),
         }
         counts = np.array([call["num_responses"] - call["num_failed"] for call in own], dtype=np.float64)
         if counts.any():

@@ -17,6 +17,7 @@ _FREE = (
     "tracking",
     "cluster",
     "objective.kl.budget_per_sequence",
+    "objective.kl_budget_per_sequence",
     "reward.replicas",
     "reward.num_cpus",
     "reward.num_gpus",

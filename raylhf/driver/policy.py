@@ -41,7 +41,7 @@ class PolicyJob:
             run.order = PromptOrder(prompts, seed=config.seed, shuffle=config.data.shuffle)
             context.tracker.set_phase("starting workers")
             with running_workers(
-                config, prepared.model, prepared.critic, should_stop=context.should_stop
+                config, prepared.model, prepared.second, should_stop=context.should_stop
             ) as run.workers:
                 if checkpoint is not None:
                     _restore(run, *checkpoint)

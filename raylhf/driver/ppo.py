@@ -96,7 +96,7 @@ def _loop(run: Run) -> str:
 
 def is_over_budget(run: Run) -> bool:
     """Whether the KL has passed the budget."""
-    budget = run.config.objective.kl.budget_per_sequence
+    budget = run.config.kl_budget
     return budget is not None and run.kl > budget
 
 

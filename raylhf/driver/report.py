@@ -13,7 +13,7 @@ from raylhf.config.run import CommonConfig
 _ENDINGS = {
     "complete": "complete",
     "stopped": "stopped on request; the same command goes on from its last checkpoint",
-    "over KL budget": "stopped: the KL to the reference passed objective.kl.budget_per_sequence",
+    "over KL budget": "stopped: the KL to the reference passed its budget",
 }
 
 
@@ -25,8 +25,10 @@ def print_report(config: RunConfig, folder: Path, status: str, evaluations: list
     _print_places(console, folder, "Aligned model (Hugging Face folder)")
 
 
-def print_reward_report(config: CommonConfig, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
-    """Print the first against the last evaluation of a reward model."""
+def print_offline_report(
+    config: CommonConfig, folder: Path, status: str, evaluations: list[dict[str, Any]], *, what: str
+) -> None:
+    """Print the first against the last evaluation of `what` was trained on stored judgements."""
     console = _open(config, status)
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
@@ -34,12 +36,12 @@ def print_reward_report(config: CommonConfig, folder: Path, status: str, evaluat
         for heading in ("", f"step {first['step']}", f"step {last['step']}"):
             table.add_column(heading, justify="left" if not heading else "right")
         for key, value in last["metrics"].items():
-            label = key.removeprefix("rm_eval/").replace("_", " ")
+            label = key.partition("/")[2].replace("_", " ")
             table.add_row(label, f"{first['metrics'].get(key, float('nan')):.4g}", f"{value:.4g}")
         console.print(table)
     if (plot := folder / "reliability.png").is_file():
         console.print(f"Reliability plot: [bold]{escape(str(plot))}[/bold]", soft_wrap=True)
-    _print_places(console, folder, "Reward model (Hugging Face folder)")
+    _print_places(console, folder, f"{what} (Hugging Face folder)")
 
 
 def _open(config: CommonConfig, status: str) -> Console:
@@ -63,7 +65,7 @@ def _print_change(console: Console, config: RunConfig, first: dict[str, Any], la
     for key in [key for key in before if key.startswith("eval/part/") and key.endswith("_mean")]:
         name = key.removeprefix("eval/part/").removesuffix("_mean")
         table.add_row(f"  {name}", f"{before[key]:.3f}", f"{after[key]:.3f}")
-    budget = config.objective.kl.budget_per_sequence
+    budget = config.kl_budget
     kl_label = "KL to the reference, nats per response" + (f" (budget {budget:g})" if budget else "")
     for label, key, digits in (
         (kl_label, "eval/kl_to_ref", 2),

@@ -9,8 +9,8 @@ import numpy as np
 
 from raylhf.algos.agreement import cluster_bootstrap
 from raylhf.batch import RewardExample
+from raylhf.config.judgements import JudgementDataConfig
 from raylhf.config.reward import RewardPlaneConfig
-from raylhf.config.reward_model import RewardDataConfig
 from raylhf.driver.score import BatchScorer
 from raylhf.rewards.texts import TextSample
 from raylhf.text.judgements import load_examples
@@ -68,7 +68,7 @@ def evaluate_reward(config: RewardPlaneConfig, source: Path, *, subset_key: str 
     """
     if not source.exists():
         raise ValueError(f"--input {source}: there is no such file")
-    data = RewardDataConfig(path=str(source), kind="pairs", subset_key=subset_key)
+    data = JudgementDataConfig(path=str(source), kind="pairs", subset_key=subset_key)
     examples = load_examples(data).examples
     scores, errors = score_examples(config, examples)
     names = sorted({example.subset for example in examples}) if subset_key is not None else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylhf.batch import Prompt
 from raylhf.config import RunConfig
-from raylhf.config.run import RewardModelRunConfig
+from raylhf.config.run import OfflineRunConfig
 
 
 def rollout_worker(*args: Any, **kwargs: Any) -> Any:
@@ -51,8 +51,8 @@ class Prepared:
 
     model: str
     """Folder (or name) of the policy."""
-    critic: str
-    """The same of the model that the critic starts from."""
+    second: str
+    """The same of the model that the critic starts from, or of a loss's guide."""
     prompt_lengths: list[int]
     """Tokens of each prompt under the model's own chat template."""
 
@@ -63,9 +63,8 @@ def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
     from raylhf.models.load import load_model_config, load_tokenizer, max_positions, prepare_model
 
     folder = prepare_model(config.model.path, seed=config.seed)
-    critic = config.objective.critic.path
-    critic_folder = folder if critic is None else prepare_model(critic, seed=config.seed)
-    for name in {folder, critic_folder}:  # fails early, with a sentence
+    second = folder if config.second_model is None else prepare_model(config.second_model, seed=config.seed)
+    for name in {folder, second}:  # fails early, with a sentence
         architecture = load_model_config(name, trust_remote_code=config.model.trust_remote_code)
         context = max_positions(architecture)
         if context is not None and config.max_model_len > context:
@@ -74,18 +73,27 @@ def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
                 f"{config.max_model_len}, but the context of {name} is {context} tokens; lower them"
             )
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    return Prepared(folder, critic_folder, [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts])
+    return Prepared(folder, second, [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts])
 
 
-def prepare_reward_model(config: RewardModelRunConfig) -> str:
-    """Make the model that a reward model starts from ready to load; returns its folder (or name)."""
+def preference_learner_worker(*args: Any, **kwargs: Any) -> Any:
+    """Build a PreferenceLearnerWorker."""
+    from raylhf.learner.preference_worker import PreferenceLearnerWorker
+
+    return PreferenceLearnerWorker(*args, **kwargs)
+
+
+def prepare_offline(config: OfflineRunConfig) -> list[str]:
+    """Make the model that is trained, and a loss's guide, ready to load; returns their folders (or names)."""
     from raylhf.models.load import load_model_config, max_positions, prepare_model
 
-    folder = prepare_model(config.model.path, seed=config.seed)
-    architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
-    context = max_positions(architecture)
-    if context is not None and config.data.max_tokens > context:
-        raise ValueError(
-            f"data.max_tokens = {config.data.max_tokens}, but the context of {folder} is {context} tokens; lower it"
-        )
-    return folder
+    paths = [config.model.path, *([config.second_model] if config.second_model else [])]
+    folders = [prepare_model(path, seed=config.seed) for path in paths]
+    for folder in folders:
+        architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
+        context = max_positions(architecture)
+        if context is not None and config.data.max_tokens > context:
+            raise ValueError(
+                f"data.max_tokens = {config.data.max_tokens}, but the context of {folder} is {context} tokens; lower it"
+            )
+    return folders

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raylhf.cluster.actors import StopRequestedError, WorkerError
-from raylhf.config.run import AnyRunConfig, RewardModelRunConfig
+from raylhf.config.run import AnyRunConfig, OfflineRunConfig
 from raylhf.driver.checkpoints import newest_checkpoint, set_checkpoints_aside
 from raylhf.driver.fingerprint import require_same_settings
 from raylhf.driver.folder import record_settings, run_folder
@@ -63,10 +63,10 @@ def open_job(config: AnyRunConfig) -> Job:
     Raises:
         ValueError: the data cannot be read; the sentence names file and line.
     """
-    if isinstance(config, RewardModelRunConfig):
-        from raylhf.driver.reward_model import RewardModelJob
+    if isinstance(config, OfflineRunConfig):
+        from raylhf.driver.offline import OfflineJob
 
-        return RewardModelJob(config)
+        return OfflineJob(config)
     from raylhf.driver.policy import PolicyJob
 
     return PolicyJob(config)

@@ -1,6 +1,6 @@
 """The three roles of a run: starting them, connecting learners with rollout workers, ending them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +12,10 @@ from raylhf.cluster.actors import ActorGroup, WorkerError, gather, start_group
 from raylhf.cluster.session import preflight
 from raylhf.config import RunConfig
 from raylhf.config.placement import roles_of
-from raylhf.config.run import AnyRunConfig, RewardModelRunConfig
+from raylhf.config.run import AnyRunConfig, OfflineRunConfig, RewardModelRunConfig
 from raylhf.driver.roles import (
     learner_worker,
+    preference_learner_worker,
     reward_learner_worker,
     reward_worker,
     rollout_worker,
@@ -35,11 +36,11 @@ class Workers:
 
 @contextmanager
 def running_workers(
-    config: RunConfig, folder: str, critic_folder: str, *, should_stop: Callable[[], bool]
+    config: RunConfig, folder: str, second_folder: str, *, should_stop: Callable[[], bool]
 ) -> Iterator[Workers]:
     """Start all workers, hand them out when all are ready and connected, and end them and their children after."""
     preflight(roles_of(config))
-    workers = _create(config, folder, critic_folder)
+    workers = _create(config, folder, second_folder)
     children: list[psutil.Process] = []
     try:
         # Rewards first in line: a reward that cannot be built is told before the engines are up.
@@ -54,12 +55,15 @@ def running_workers(
 
 
 @contextmanager
-def running_reward_learners(
-    config: RewardModelRunConfig, folder: str, *, should_stop: Callable[[], bool]
+def running_offline_learners(
+    config: OfflineRunConfig, folders: Sequence[str], *, should_stop: Callable[[], bool]
 ) -> Iterator[ActorGroup]:
-    """Start the ranks that train a reward model, hand them out when all are ready, and end them after."""
+    """Start the ranks that train on stored judgements, hand them out when all are ready, and end them after."""
     preflight(roles_of(config))
-    learners = _create_learners(config, reward_learner_worker, folder)
+    if isinstance(config, RewardModelRunConfig):
+        learners = _create_learners(config, reward_learner_worker, folders[0])
+    else:
+        learners = _create_learners(config, preference_learner_worker, folders[0], folders[-1])
     try:
         starts = _start_learners(config, learners, should_stop)
         gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
@@ -72,7 +76,7 @@ def running_reward_learners(
             learners.kill()
 
 
-def _create(config: RunConfig, folder: str, critic_folder: str) -> Workers:
+def _create(config: RunConfig, folder: str, second_folder: str) -> Workers:
     rollout = config.rollout
     return Workers(
         rollout=start_group(
@@ -93,7 +97,7 @@ def _create(config: RunConfig, folder: str, critic_folder: str) -> Workers:
             env={"OMP_NUM_THREADS": str(config.reward.threads)},
             is_async=True,
         ),
-        learner=_create_learners(config, learner_worker, folder, critic_folder),
+        learner=_create_learners(config, learner_worker, folder, second_folder),
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from raylhf.learner.models import LearnerModels
 
@@ -38,6 +39,8 @@ def save_learner(folder: Path, models: LearnerModels, state: dict[str, Any]) -> 
     save_engine(folder / "policy", models.policy, state)
     if models.critic is not None:
         save_engine(folder / "critic", models.critic, {})
+    if models.reference_moves and models.reference is not None and dist.get_rank() == 0:
+        torch.save(models.reference.state_dict(), folder / "reference.pt")
 
 
 def load_learner(folder: Path, models: LearnerModels) -> dict[str, Any]:
@@ -48,6 +51,8 @@ def load_learner(folder: Path, models: LearnerModels) -> dict[str, Any]:
     """
     if models.critic is not None:
         load_engine(folder / "critic", models.critic)
+    if models.reference_moves and models.reference is not None:
+        models.reference.load_state_dict(torch.load(folder / "reference.pt", weights_only=True))
     return load_engine(folder / "policy", models.policy)
 
 

@@ -5,55 +5,18 @@ baselines need no communication.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from raylhf.algos.advantages import GROUP_BASELINES, broadcast_to_tokens, gae, reward_to_go, shape_rewards, whiten
+from raylhf.algos.advantages import GROUP_BASELINES, broadcast_to_tokens, gae, gdpo, reward_to_go, shape_rewards, whiten
 from raylhf.algos.diagnostics import ev_moments, explained_variance_from_moments
-from raylhf.algos.kl import kl_per_token
-from raylhf.algos.masking import mask_out, masked_moments, mean_and_std
+from raylhf.algos.masking import masked_moments, mean_and_std
 from raylhf.config.objective import PPOConfig
+from raylhf.learner.experience import Experience
 
 AllReduce = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One rank's share of a rollout batch: R rows, padded to the longest response [R, T]."""
-
-    response_mask: Tensor
-    """Tokens that count, bool [R, T]: all False in a row that is empty or whose score is invalid."""
-    rollout_logprobs: Tensor
-    """As the engine sampled them, [R, T]."""
-    old_logprobs: Tensor
-    """Of the policy before this batch's first update, [R, T]."""
-    ref_logprobs: Tensor
-    """Of the reference, [R, T]."""
-    values: Tensor | None
-    """Of the critic, [R, T]; None without one."""
-    scores: Tensor
-    """Rewards' scores, [R]; 0 where invalid."""
-    valid: Tensor
-    """Whether the row counts, bool [R]."""
-    group_ids: Tensor
-    """The row's group (one draw of a prompt), long [R]."""
-    is_truncated: Tensor
-    """Whether the response ran into the length limit, bool [R]."""
-    end_values: Tensor | None = None
-    """Of the critic after each response's last token, [R]; only where cut responses are bootstrapped."""
-    token_scores: Tensor | None = None
-    """The scores laid out over the responses, [R, T]."""
-    advantages: Tensor | None = None
-    """[R, T], after `assign_credit`."""
-    returns: Tensor | None = None
-    """The critic's targets, [R, T], after `assign_credit`."""
-
-    def sequence_kl(self) -> Tensor:
-        """KL to the reference (k1) summed over each response, [R]."""
-        kl = kl_per_token(self.old_logprobs, self.ref_logprobs, estimator="k1")
-        return mask_out(kl, self.response_mask).sum(dim=1)
 
 
 def assign_credit(
@@ -79,6 +42,10 @@ def assign_credit(
         )
     elif objective.advantage == "reinforce_pp":
         advantages = reward_to_go(rewards, x.response_mask, gamma=objective.gamma)
+    elif objective.advantage == "gdpo":
+        weights = torch.tensor(list(objective.gdpo_weights.values()), device=x.scores.device)
+        parts = x.columns(list(objective.gdpo_weights), setting="objective.gdpo_weights")
+        advantages = broadcast_to_tokens(gdpo(parts, x.group_ids, x.valid, weights), x.response_mask)
     else:
         # The KL penalty belongs to the score before the baseline is taken (RLOO, 2402.14740).
         totals = rewards.sum(dim=1)
@@ -86,7 +53,7 @@ def assign_credit(
         advantages = broadcast_to_tokens(baseline, x.response_mask)
     mean, std = mean_and_std(all_reduce(masked_moments(advantages, x.response_mask)))
     metrics = {"advantage/mean": mean.item(), "advantage/std": std.item()}
-    if objective.whiten_advantages and objective.advantage in ("gae", "reinforce_pp"):
+    if objective.whiten_advantages and objective.advantage in ("gae", "reinforce_pp", "gdpo"):
         advantages = whiten(advantages, x.response_mask, mean=mean, std=std)
     if x.values is not None and returns is not None:
         moments = all_reduce(ev_moments(returns, x.values, x.response_mask))

@@ -14,6 +14,41 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from raylhf.config.learner import LearnerConfig
+from raylhf.config.run import CommonConfig
+
+
+class Rendezvous:
+    """How one rank meets the others: rank 0 hosts a store, and every rank joins the group over it."""
+
+    def __init__(self, config: CommonConfig, *, rank: int) -> None:
+        self._config = config
+        self._rank = rank
+        self._store: dist.TCPStore | None = None
+
+    def open(self) -> int:
+        """On rank 0: host the store and return its port."""
+        self._store = open_store(timeout_s=self._config.cluster.start_timeout_s)
+        return self._store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Set this process's threads and seed, and join the other ranks."""
+        learner, cluster = self._config.learner, self._config.cluster
+        torch.set_num_threads(learner.threads)
+        torch.manual_seed(self._config.seed)
+        join_group(
+            self._store,
+            host=host,
+            port=port,
+            rank=self._rank,
+            world_size=learner.num_ranks,
+            use_gpu=learner.num_gpus > 0,
+            timeout_s=max(cluster.start_timeout_s, cluster.step_timeout_s),
+        )
+
+    def leave(self) -> None:
+        """Leave the group, if it was joined."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def open_store(*, timeout_s: float) -> dist.TCPStore:

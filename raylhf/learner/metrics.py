@@ -9,7 +9,7 @@ from raylhf.algos.diagnostics import mismatch_sums
 from raylhf.algos.kl import count_clamped, kl_per_token
 from raylhf.algos.masking import mask_out, masked_sum
 from raylhf.algos.ppo import truncated_importance_weights
-from raylhf.learner.credit import Experience
+from raylhf.learner.experience import Experience
 from raylhf.learner.totals import Totals
 
 _MAXIMA = ("ratio_max", "grad_norm", "critic_grad_norm", "lr", "critic_lr")
@@ -55,9 +55,9 @@ def update_metrics(totals: Totals) -> dict[str, float]:
 
 
 def experience_metrics(
-    x: Experience, *, kl_coef: float, importance_cap: float | None, device: torch.device
+    x: Experience, *, kl_coef: float | None, importance_cap: float | None, device: torch.device
 ) -> dict[str, float]:
-    """What the batch looked like before it was trained on, over all ranks."""
+    """What the batch looked like before it was trained on, over all ranks; `kl_coef` is None without a KL penalty."""
     mask, totals = x.response_mask, Totals(device)
     counted = mask.any(dim=1)
     sequence_kl = x.sequence_kl()
@@ -86,14 +86,15 @@ def experience_metrics(
         "policy/kl_to_ref_per_token": sums["kl"] / tokens,
         "policy/kl_to_ref_k3": sums["k3"] / sequences,
         "policy/log_ratio_clamp_frac": sums["clamped"] / tokens,
-        "kl/coef": kl_coef,
-        "kl/penalty_mean": kl_coef * kl,
-        "reward/total_mean": sums["scores"] / sequences - kl_coef * kl,
         "mismatch/abs_dlogprob_mean": sums["abs_dlogp"] / tokens,
         "mismatch/kl": sums["mismatch_kl"] / tokens,
         "mismatch/ratio_max": sums["mismatch_ratio_max"],
         "data/dropped_responses_count": sums["dropped"],
     }
+    if kl_coef is not None:
+        metrics["kl/coef"] = kl_coef
+        metrics["kl/penalty_mean"] = kl_coef * kl
+        metrics["reward/total_mean"] = sums["scores"] / sequences - kl_coef * kl
     if importance_cap is not None:
         metrics["mismatch/capped_frac"] = sums["capped"] / tokens
     return metrics

@@ -1,7 +1,8 @@
-"""Padding, which exists only here: ragged rows become one right-padded micro-batch, and come back."""
+"""Padding and packing, which exist only here: ragged rows become one micro-batch, and come back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,51 +10,106 @@ from torch import Tensor
 
 from raylhf.batch import Rollouts
 
+LAYOUT_ROUNDING = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Most that another padding or packing changes log-probabilities in the mean, nats a token, by dtype; what changes them
+more is dropout, a wrong kernel, or attention that crosses rows."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B right-padded rows, and the N response positions in them as flat indexes."""
+    """B rows on right-padded lines, and their N response positions as flat indexes. A line holds one row or, packed,
+    several, one after the other."""
 
     tokens: Tensor
-    """Prompt and response, [B, L] long; what stands after a row's end is never read."""
+    """Prompts and responses, [lines, L] long; what stands after a line's end is never read."""
+    position_ids: Tensor | None
+    """Position of each token in its row, [lines, L] long, by which attention keeps packed rows apart; None where every
+    line is one row."""
+    lines: Tensor
+    """Line of each response token, [N] long."""
+    positions: Tensor
+    """Position on the line of the state before each response token, [N] long."""
     rows: Tensor
     """Row of each response token, [N] long."""
-    positions: Tensor
-    """Position in the row of the state before each response token, [N] long."""
     targets: Tensor
     """The response tokens, [N] long."""
     steps: Tensor
     """Index of each response token in its response, [N] long."""
+    row_lines: Tensor
+    """Line of each row, [B] long."""
     ends: Tensor
-    """Position of each row's last token, [B] long."""
+    """Position on its line of each row's last token, [B] long."""
     source_rows: Tensor
     """Which of the learner's rows each row is, [B] long."""
 
     def scatter(self, flat: Tensor, width: int) -> Tensor:
         """Values [N] as [B, width] by row and step, 0 where there is no response token. Differentiable."""
-        padded = flat.new_zeros(len(self.tokens), width)
+        padded = flat.new_zeros(len(self.source_rows), width)
         return padded.index_put((self.rows, self.steps), flat)
 
 
-def make_micro_batch(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> MicroBatch:
-    """Pad the given rows of `rollouts`, whose responses must not be empty (see `without_empty`)."""
+class TokenRows(Protocol):
+    """Anything with R prompts and R responses as tokens."""
+
+    @property
+    def prompt_ids(self) -> Sequence[np.ndarray]: ...
+
+    @property
+    def response_ids(self) -> Sequence[np.ndarray]: ...
+
+
+def make_micro_batch(
+    rollouts: TokenRows, rows: Sequence[int], device: torch.device, *, line_tokens: int | None = None
+) -> MicroBatch:
+    """Lay out the given rows of `rollouts`, whose responses must not be empty (see `without_empty`): each on a line of
+    its own or, with `line_tokens`, packed on lines of at most as many tokens."""
     sequences = [np.concatenate([rollouts.prompt_ids[i], rollouts.response_ids[i]]) for i in rows]
-    width = max(len(sequence) for sequence in sequences)
-    tokens = np.zeros((len(rows), width), dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = sequence
+    sizes = [len(sequence) for sequence in sequences]
+    lines = [[i] for i in range(len(rows))] if line_tokens is None else pack_lines(sizes, line_tokens)
+    width = max(sum(sizes[i] for i in line) for line in lines)
+    tokens, position_ids = np.zeros((2, len(lines), width), dtype=np.int64)
+    row_lines, row_starts = np.zeros((2, len(rows)), dtype=np.int64)
+    for number, line in enumerate(lines):
+        start = 0
+        for i in line:
+            row_lines[i], row_starts[i] = number, start
+            tokens[number, start : start + sizes[i]] = sequences[i]
+            position_ids[number, start:] = np.arange(width - start)  # what pads the line goes on with the last row
+            start += sizes[i]
     lengths = [len(rollouts.response_ids[i]) for i in rows]
-    starts = [len(rollouts.prompt_ids[i]) - 1 for i in rows]
+    befores = row_starts + [len(rollouts.prompt_ids[i]) - 1 for i in rows]
     steps = np.concatenate([np.arange(length) for length in lengths])
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
     return MicroBatch(
-        tokens=torch.from_numpy(tokens).to(device),
-        rows=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)).to(device),
-        positions=torch.from_numpy(np.repeat(starts, lengths) + steps).to(device),
-        targets=torch.from_numpy(np.concatenate([rollouts.response_ids[i] for i in rows])).to(device),
-        steps=torch.from_numpy(steps).to(device),
-        ends=torch.tensor([len(sequence) - 1 for sequence in sequences], device=device),
+        tokens=on_device(tokens),
+        position_ids=on_device(position_ids) if len(lines) < len(rows) else None,
+        lines=on_device(np.repeat(row_lines, lengths)),
+        positions=on_device(np.repeat(befores, lengths) + steps),
+        rows=on_device(np.repeat(np.arange(len(rows)), lengths)),
+        targets=on_device(np.concatenate([rollouts.response_ids[i] for i in rows])),
+        steps=on_device(steps),
+        row_lines=on_device(row_lines),
+        ends=on_device(row_starts + sizes - 1),
         source_rows=torch.tensor(list(rows), dtype=torch.long, device=device),
     )
+
+
+def pack_lines(sizes: Sequence[int], line_tokens: int) -> list[list[int]]:
+    """Which rows stand on which line, by first fit, the longest first. A row above `line_tokens` has one to itself."""
+    lines: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        found = next((number for number, left in enumerate(room) if left >= sizes[i]), None)
+        if found is None:
+            found = len(lines)
+            lines.append([])
+            room.append(line_tokens)
+        lines[found].append(i)
+        room[found] -= sizes[i]
+    return lines
 
 
 def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:

@@ -1,13 +1,15 @@
-"""The models of one rank, and forward passes over micro-batches: policy, critic, frozen reference."""
+"""The models of one rank, and forward passes over micro-batches: policy, critic, frozen reference, guide."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raylhf.config import RunConfig
+from raylhf.config.objective import CriticConfig
+from raylhf.config.run import CommonConfig
 from raylhf.learner.engine import build_engine, build_frozen, engine_settings, partitioned_loading
 from raylhf.learner.microbatch import MicroBatch
 from raylhf.models.adapters import adapters_off, add_lora
@@ -24,37 +26,86 @@ class LearnerModels:
     critic: Any
     """DeepSpeed engine over a CriticModel; None where there is none or where it is a head on the policy's trunk."""
     reference: nn.Module | None
-    """Frozen PolicyModel; None with LoRA, where the policy without its adapters is the reference."""
+    """Frozen PolicyModel; None with LoRA, where the policy without its adapters is the reference, or where none is
+    needed."""
+    guide: nn.Module | None = None
+    """Frozen PolicyModel, whose log-ratio to the reference weights tokens (TGDPO)."""
+    reference_moves: bool = False
+    """Whether the reference follows the policy, and is a part of a checkpoint."""
 
     def policy_forward(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Flat log-probabilities [N], entropies [N] and, with a shared trunk, values [N]."""
-        return self.policy(batch.tokens, batch.rows, batch.positions, batch.targets, temperature=temperature)
+        return _forward(self.policy, batch, temperature)
+
+    def policy_forward_past_engine(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Flat log-probabilities [N] and entropies [N] that may be differentiated by activations: DeepSpeed takes any
+        gradient behind its own forward pass for the step's. Weights must be whole on every rank (below ZeRO-3)."""
+        logprobs, entropies, _ = _forward(self.policy.module, batch, temperature)
+        return logprobs, entropies
 
     def reference_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
         """Flat log-probabilities [N] of the reference."""
-        inputs = (batch.tokens, batch.rows, batch.positions, batch.targets)
         if self.reference is not None:
-            return self.reference(*inputs, temperature=temperature)[0]
+            return _forward(self.reference, batch, temperature)[0]
         with adapters_off(self.policy.module):
-            return self.policy(*inputs, temperature=temperature)[0]
+            return _forward(self.policy, batch, temperature)[0]
+
+    def guide_logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
+        """Flat log-probabilities [N] of the guide."""
+        assert self.guide is not None
+        return _forward(self.guide, batch, temperature)[0]
+
+    def policy_forward_with_kl(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Flat log-probabilities [N], and the KL [N] from the reference to the policy over the whole vocabulary at
+        each response position. Weights must be whole on every rank (below ZeRO-3)."""
+        policy: PolicyModel = self.policy.module
+        reference: Any = policy if self.reference is None else self.reference
+        where = (batch.tokens, batch.lines, batch.positions, batch.position_ids)
+        with torch.no_grad(), adapters_off(policy) if self.reference is None else nullcontext():
+            ref_hidden = reference.hidden(*where)
+        weight = reference.token_head.weight.detach()
+        return policy.token_head.with_kl(policy.hidden(*where), batch.targets, temperature, ref_hidden, weight)
+
+    @torch.no_grad()
+    def move_reference(self, mix: float) -> None:
+        """Put `mix` of the policy into the reference (2404.09656). Weights must be whole on every rank."""
+        assert self.reference is not None
+        policy = dict(self.policy.module.named_parameters())
+        for name, parameter in self.reference.named_parameters():
+            parameter.lerp_(policy[name].to(parameter.dtype), mix)
 
     def critic_forward(self, batch: MicroBatch) -> Tensor:
         """Flat values [N] of the critic with a trunk of its own."""
-        return self.critic(batch.tokens, batch.rows, batch.positions)
+        return self.critic(batch.tokens, batch.lines, batch.positions, batch.position_ids)
 
     def end_values(self, batch: MicroBatch) -> Tensor:
         """The critic's value of the state after each row's last token, [B]: what a cut response would go on from."""
-        rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
         if self.critic is not None:
-            return self.critic(batch.tokens, rows, batch.ends)
-        targets = torch.zeros_like(rows)  # the log-probabilities are not wanted here
-        return self.policy(batch.tokens, rows, batch.ends, targets, temperature=1.0)[2]
+            return self.critic(batch.tokens, batch.row_lines, batch.ends, batch.position_ids)
+        no_targets = torch.zeros_like(batch.row_lines)  # the log-probabilities are not wanted here
+        return _forward(self.policy, replace(batch, lines=batch.row_lines, positions=batch.ends, targets=no_targets))[2]
 
 
-def build_models(config: RunConfig, folder: str, critic_folder: str, device: torch.device) -> LearnerModels:
-    """Load and wrap everything that this rank trains or reads."""
-    objective, learner = config.objective, config.learner
-    shares_trunk = config.has_critic and objective.critic.trunk == "shared"
+def _forward(model: Any, batch: MicroBatch, temperature: float = 1.0) -> Any:
+    """What a PolicyModel, or the engine over one, returns."""
+    inputs = (batch.tokens, batch.lines, batch.positions, batch.targets)
+    return model(*inputs, temperature=temperature, position_ids=batch.position_ids)
+
+
+def build_models(
+    config: CommonConfig,
+    folder: str,
+    device: torch.device,
+    *,
+    critic: CriticConfig | None = None,
+    has_reference: bool = True,
+    moves_reference: bool = False,
+    has_guide: bool = False,
+    second_folder: str = "",
+) -> LearnerModels:
+    """Load and wrap what this rank trains or reads; `second_folder` holds the critic's start or the guide."""
+    learner = config.learner
+    shares_trunk = critic is not None and critic.trunk == "shared"
     architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
     settings = engine_settings(learner, use_bf16=config.model.dtype == "bfloat16", hidden_size=architecture.hidden_size)
     source = {
@@ -62,25 +113,27 @@ def build_models(config: RunConfig, folder: str, critic_folder: str, device: tor
         "attention": config.model.attention,
         "trust_remote_code": config.model.trust_remote_code,
     }
+    frozen = {**source, "logprob_chunk": learner.logprob_chunk, "with_value_head": False}
     with partitioned_loading(settings):
         policy = load_policy(folder, logprob_chunk=learner.logprob_chunk, with_value_head=shares_trunk, **source)
-        own_critic = load_critic(critic_folder, **source) if config.has_critic and not shares_trunk else None
-        reference = None
-        if learner.lora is None:
-            reference = load_policy(folder, logprob_chunk=learner.logprob_chunk, with_value_head=False, **source)
+        own_critic = load_critic(second_folder, **source) if critic is not None and not shares_trunk else None
+        reference = load_policy(folder, **frozen) if has_reference and learner.lora is None else None
+        guide = load_policy(second_folder, **frozen) if has_guide else None
     _make_trainable(policy, policy.lm, config)
-    critic = None
+    critic_engine = None
     if own_critic is not None:
         _make_trainable(own_critic, own_critic.trunk, config)
-        critic = build_engine(own_critic.to(device), [_group(own_critic, ())], learner, settings)
+        critic_engine = build_engine(own_critic.to(device), [_group(own_critic, ())], learner, settings)
     return LearnerModels(
         policy=build_engine(policy.to(device), _policy_groups(policy), learner, settings),
-        critic=critic,
+        critic=critic_engine,
         reference=None if reference is None else build_frozen(reference.to(device), settings),
+        guide=None if guide is None else build_frozen(guide.to(device), settings),
+        reference_moves=moves_reference,
     )
 
 
-def _make_trainable(module: nn.Module, trunk: Any, config: RunConfig) -> None:
+def _make_trainable(module: nn.Module, trunk: Any, config: CommonConfig) -> None:
     module.train()  # dropout is off by construction; gradient checkpointing works in this mode only
     if (lora := config.learner.lora) is not None:
         trunk.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""One PPO step on one rank: experience, credit, then epochs of minibatches under one global denominator each.
+"""One PPO step on one rank: credit, then epochs of minibatches under one global denominator each.
 
 Every loop that contains a collective runs equally often on every rank: rows are equal in number by construction, and
 whatever decides about skipping or stopping has been reduced over ranks first.
@@ -6,15 +6,16 @@ whatever decides about skipping or stopping has been reduced over ranks first.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raylhf.algos.kl import kl_loss
-from raylhf.algos.masking import lengths_to_mask, masked_sum
+from raylhf.algos.kl import AdaptiveKL, FixedKL, KLController, kl_loss
+from raylhf.algos.masking import masked_sum
 from raylhf.algos.ppo import (
     aggregation_count,
     aggregation_weights,
@@ -24,16 +25,14 @@ from raylhf.algos.ppo import (
 )
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.config import RunConfig
-from raylhf.learner.credit import Experience
+from raylhf.config.objective import AdaptiveKLControl, KLConfig, PPOConfig
+from raylhf.learner.credit import assign_credit
 from raylhf.learner.engine import optimizer_step, restart_adam
+from raylhf.learner.experience import Experience
 from raylhf.learner.metrics import collect_minibatch, update_metrics
-from raylhf.learner.microbatch import MicroBatch, make_micro_batch, pad_rows, plan_micro_batches
+from raylhf.learner.microbatch import LAYOUT_ROUNDING, MicroBatch, make_micro_batch, plan_micro_batches
 from raylhf.learner.models import LearnerModels
 from raylhf.learner.totals import Totals, all_reduce_sum
-
-FIRST_LOG_RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 2e-2}
-"""Mean |log-ratio| before any update. Policy and old policy are one function then, up to the rounding that another
-padding brings; more than that means dropout or a wrong kernel."""
 
 
 @dataclass(frozen=True)
@@ -55,62 +54,54 @@ class ScoredBatch:
     """False while the critic warms up alone."""
 
 
-class PPOUpdate:
-    """The policy objective of a run, without state of its own beyond the number of optimizer steps taken."""
+class PPOObjective:
+    """PPO, and the group-baseline methods that share its surrogate."""
 
-    def __init__(self, config: RunConfig, models: LearnerModels, *, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, objective: PPOConfig, config: RunConfig, models: LearnerModels, *, rank: int, device: torch.device
+    ) -> None:
+        self._objective = objective
         self._config = config
-        self._objective = config.objective
         self._models = models
         self._rank = rank
         self._device = device
+        self._kl = kl_controller(objective.kl)
+        self._taken = StepsTaken()
 
-    # --- experience -------------------------------------------------------------------------------------------------
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL penalty in this step."""
+        return self._kl.coef
 
-    @torch.no_grad()
-    def experience(self, rollouts: Rollouts, rewards: RewardOutput, group_ids: Sequence[int]) -> Experience:
-        """Old, reference and rollout log-probabilities and values of this rank's rows, and which of them count."""
-        width = max(len(ids) for ids in rollouts.response_ids)
-        columns = self._forward_all(rollouts, width)
-        # The placeholder of an empty response must not count; the reward marks such rows invalid.
-        lengths = torch.from_numpy(rollouts.response_lengths).to(self._device)
-        valid = torch.from_numpy(rewards.valid).to(self._device)
-        dense = rewards.token_scores
-        return Experience(
-            response_mask=lengths_to_mask(lengths, width) & valid[:, None],
-            rollout_logprobs=pad_rows(rollouts.rollout_logprobs, width, self._device),
-            old_logprobs=columns["old"],
-            ref_logprobs=columns["ref"],
-            values=columns.get("values"),
-            end_values=columns.get("end_values"),
-            scores=torch.from_numpy(np.where(rewards.valid, rewards.scores, 0.0)).float().to(self._device),
-            valid=valid,
-            group_ids=torch.tensor(group_ids, device=self._device),
-            is_truncated=torch.from_numpy(rollouts.is_truncated).to(self._device),
-            token_scores=None if dense is None else pad_rows(dense, width, self._device),
-        )
+    @property
+    def needs_end_values(self) -> bool:
+        """Whether the critic's value after the last token is wanted."""
+        return self._objective.bootstrap_truncated
 
-    def _forward_all(self, rollouts: Rollouts, width: int) -> dict[str, Tensor]:
-        """Columns [R, width] over all rows, micro-batch by micro-batch; `end_values` is [R]."""
-        columns: dict[str, Tensor] = {}
-        if self._objective.bootstrap_truncated:
-            columns["end_values"] = torch.zeros(len(rollouts), device=self._device)
-        rows = range(len(rollouts))
-        size = self._config.learner.micro_batch_size
-        for part in plan_micro_batches(rollouts.response_lengths.tolist(), rows, size):
-            batch = make_micro_batch(rollouts, part, self._device)
-            logprobs, _, values = self._models.policy_forward(batch, rollouts.temperature)
-            flat = {"old": logprobs, "ref": self._models.reference_logprobs(batch, rollouts.temperature)}
-            if self._models.critic is not None:
-                values = self._models.critic_forward(batch)
-            if values is not None:
-                flat["values"] = values
-            for name, column in flat.items():
-                table = columns.setdefault(name, torch.zeros(len(rollouts), width, device=self._device))
-                table[batch.source_rows] = batch.scatter(column.float(), width)
-            if self._objective.bootstrap_truncated:
-                columns["end_values"][batch.source_rows] = self._models.end_values(batch).float()
-        return columns
+    def update(
+        self,
+        rollouts: Rollouts,
+        rewards: RewardOutput,
+        x: Experience,
+        *,
+        step: int,
+        sequence_kl: float,
+        num_sequences: int,
+    ) -> dict[str, float]:
+        """Credit, epochs, and the KL controller's move; `sequence_kl` and `num_sequences` are of the global batch."""
+        x, metrics = assign_credit(x, self._objective, kl_coef=self.kl_coef, all_reduce=all_reduce_sum)
+        trained, self._taken = self.train(rollouts, x, step=step, kl_coef=self.kl_coef, taken=self._taken)
+        if num_sequences and self._taken.policy:  # while the critic warms up alone, there is no KL to control
+            self._kl = self._kl.updated(kl_per_sequence=sequence_kl, num_sequences=num_sequences)
+        return metrics | trained
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside weights and optimizer."""
+        return {"taken": asdict(self._taken), "kl": self._kl.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._taken, self._kl = StepsTaken(**state["taken"]), self._kl.with_state(state["kl"])
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +111,7 @@ class PPOUpdate:
         """Run the epochs; returns metrics and the new number of optimizer steps."""
         totals = Totals(self._device)
         started = time.perf_counter()
-        trains_policy = not (self._config.has_critic and step < self._objective.critic.warmup_steps)
+        trains_policy = not (self._config.critic is not None and step < self._objective.critic.warmup_steps)
         batch = ScoredBatch(rollouts, x, kl_coef=kl_coef, trains_policy=trains_policy)
         epochs_done = 0
         for epoch in range(self._objective.num_epochs):
@@ -170,7 +161,7 @@ class PPOUpdate:
         parts = [make_micro_batch(batch.rollouts, part, self._device) for part in plan]
         totals = Totals(self._device)
         totals.add(tokens=batch.x.response_mask[rows].sum())
-        has_shared_head = self._config.has_critic and critic.trunk == "shared"
+        has_shared_head = self._config.critic is not None and critic.trunk == "shared"
         if batch.trains_policy or has_shared_head:
             warm = min(1.0, (taken.policy + 1) / max(learner.lr_warmup_steps, 1))
             lrs = [learner.lr * warm * scale if batch.trains_policy else 0.0]
@@ -182,7 +173,7 @@ class PPOUpdate:
         if self._models.critic is not None:
             losses = [partial(self._critic_loss, part, batch=batch, counts=counts, totals=totals) for part in parts]
             totals.raise_to(critic_grad_norm=optimizer_step(self._models.critic, losses, [critic.lr * scale]))
-        if self._config.has_critic:
+        if self._config.critic is not None:
             totals.raise_to(critic_lr=critic.lr * scale)
         return totals.reduced()
 
@@ -269,9 +260,17 @@ class PPOUpdate:
         return loss
 
     def _check_first_ratio(self, error: float) -> None:
-        limit = FIRST_LOG_RATIO_LIMIT[self._config.model.dtype]
+        # Policy and old policy are one function then.
+        limit = LAYOUT_ROUNDING[self._config.model.dtype]
         if not error <= limit:
             raise RuntimeError(
                 f"before any update, policy and old policy differ by {error:.2g} nats a token (limit {limit:g}): "
                 "dropout is on or a kernel is not deterministic, and PPO's ratio would be wrong from the start"
             )
+
+
+def kl_controller(kl: KLConfig) -> KLController:
+    """The controller that the settings ask for."""
+    if isinstance(kl.control, AdaptiveKLControl):
+        return AdaptiveKL(coef=kl.coef, **kl.control.model_dump(exclude={"kind"}))
+    return FixedKL(coef=kl.coef)

@@ -172,12 +172,12 @@ def step_metrics(scored: Sequence[ScoredExample]) -> dict[str, float]:
     predicted, actual = [], []
     for s in scored:
         for probs, labels in zip(s.step_probs, s.example.step_labels, strict=True):
-            is_labelled = ~np.isnan(labels)
+            is_labelled = ~np.isnan(labels) & (labels != RIGHT)  # half: the words that an edit left as they were
             known = is_labelled & ~np.isnan(probs)
             hits.extend((probs[known] >= RIGHT) == (labels[known] >= RIGHT))
             if is_labelled.any():
                 predicted.append(_first((probs < RIGHT) & is_labelled))
-                actual.append(_first(labels < RIGHT))
+                actual.append(_first(is_labelled & (labels < RIGHT)))
     return {
         "rm_eval/step_accuracy": _mean_of_known(hits),
         "rm_eval/first_error_f1": first_error_scores(predicted, actual)["f1"],

@@ -22,11 +22,10 @@ from raylhf.config.reward_model import (
 from raylhf.config.run import RewardModelRunConfig
 from raylhf.learner.checkpoint import load_engine, save_engine
 from raylhf.learner.engine import (
+    Rendezvous,
     build_engine,
     engine_settings,
     gathered,
-    join_group,
-    open_store,
     partitioned_loading,
     peak_memory_gib,
 )
@@ -64,7 +63,7 @@ class RewardLearnerWorker:
         self._folder = folder
         self._rank = rank
         self._device = torch.device("cuda" if config.learner.num_gpus > 0 else "cpu")
-        self._store: dist.TCPStore | None = None
+        self._rendezvous = Rendezvous(config, rank=rank)
         self._step = 0
         self._train: list[EncodedExample]
         self._held_out: list[EncodedExample]
@@ -77,8 +76,7 @@ class RewardLearnerWorker:
 
     def open_rendezvous(self) -> int:
         """On rank 0: host the learners' rendezvous and return its port."""
-        self._store = open_store(timeout_s=self._config.cluster.start_timeout_s)
-        return self._store.port
+        return self._rendezvous.open()
 
     def start(self, host: str, port: int) -> dict[str, int]:
         """Read the judgements, join the other ranks, build the model; returns how much there is to train on.
@@ -87,19 +85,9 @@ class RewardLearnerWorker:
             ValueError: the judgements are malformed, hold nothing for the loss, or are not the same on every rank.
         """
         config, learner = self._config, self._config.learner
-        torch.set_num_threads(learner.threads)
-        torch.manual_seed(config.seed)
         digest = self._read()
-        join_group(
-            self._store,
-            host=host,
-            port=port,
-            rank=self._rank,
-            world_size=learner.num_ranks,
-            use_gpu=self._device.type == "cuda",
-            timeout_s=max(config.cluster.start_timeout_s, config.cluster.step_timeout_s),
-        )
-        _require_same_data(digest)
+        self._rendezvous.join(host, port)
+        require_same_data(digest)
         self._engine = build_reward_engine(config, self._folder, self._device)
         encoded = [*self._train, *self._held_out]
         num_tokens = sum(example.num_tokens for example in encoded)
@@ -141,8 +129,7 @@ class RewardLearnerWorker:
 
     def close(self) -> None:
         """Leave the group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self._rendezvous.leave()
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -349,7 +336,8 @@ def _step_probs(row: Row, scores: Tensor) -> np.ndarray:
     return np.where(row.step_tokens >= 0, probs[row.step_tokens], np.nan)
 
 
-def _require_same_data(digest: str) -> None:
+def require_same_data(digest: str) -> None:
+    """ValueError if ranks have read different judgements (collective)."""
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)
     if len(set(digests)) > 1:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raylhf.learner.engine import full_shape, gathered
 from raylhf.models.adapters import lora_layers, merged_weight
+from raylhf.models.load import write_model_folder
 
 _BASE = ".base_layer."
 
@@ -35,6 +37,13 @@ class PolicyWeights:
         self._lora = lora_layers(lm)
         # named_parameters lists tied weights once, as checkpoints do.
         self._parameters = {name: p for name, p in lm.named_parameters() if ".lora_" not in name}
+
+    def export(self, folder: str, tokenizer: PreTrainedTokenizerBase, *, writes: bool) -> None:
+        """Write an ordinary Hugging Face folder: one rank `writes`, all gather and wait."""
+        state = {name: weight.to("cpu", copy=True) for name, weight in self if writes}
+        if writes:
+            write_model_folder(folder, self._lm, state, tokenizer)
+        dist.barrier()
 
     def metadata(self) -> list[ParamMeta]:
         """What iterating yields, without gathering anything."""

@@ -3,29 +3,29 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from raylhf.algos.kl import AdaptiveKL, FixedKL, KLController
 from raylhf.algos.masking import masked_sum
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.config import RunConfig
-from raylhf.config.objective import AdaptiveKLControl
+from raylhf.config.preference import OnlineDPOConfig
+from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.interfaces import WeightSender
 from raylhf.learner.checkpoint import load_learner, save_learner
-from raylhf.learner.credit import assign_credit
-from raylhf.learner.engine import join_group, open_store, peak_memory_gib
+from raylhf.learner.engine import Rendezvous, peak_memory_gib
+from raylhf.learner.experience import gather_experience
 from raylhf.learner.metrics import experience_metrics
 from raylhf.learner.microbatch import make_micro_batch, plan_micro_batches, without_empty
 from raylhf.learner.models import LearnerModels, build_models
-from raylhf.learner.ppo import PPOUpdate, StepsTaken
-from raylhf.learner.totals import Totals, all_reduce_sum
+from raylhf.learner.online_dpo import OnlineDPOObjective
+from raylhf.learner.ppo import PPOObjective
+from raylhf.learner.totals import Totals
 from raylhf.learner.weight_source import PolicyWeights
-from raylhf.models.load import load_tokenizer, write_model_folder
+from raylhf.models.load import load_tokenizer
 
 SenderFactory = Callable[..., WeightSender]
 
@@ -33,18 +33,17 @@ SenderFactory = Callable[..., WeightSender]
 class LearnerWorker:
     """One data-parallel rank. Every public method after `start` is collective: call it on all ranks."""
 
-    def __init__(self, config: RunConfig, folder: str, critic_folder: str, *, rank: int) -> None:
+    def __init__(self, config: RunConfig, folder: str, second_folder: str, *, rank: int) -> None:
+        """`second_folder` holds the model that the critic starts from, or a loss's guide."""
         self._config = config
         self._folder = folder
-        self._critic_folder = critic_folder
+        self._second_folder = second_folder
         self._rank = rank
         self._device = torch.device("cuda" if config.learner.num_gpus > 0 else "cpu")
-        self._store: dist.TCPStore | None = None
-        self._kl = kl_controller(config)
+        self._rendezvous = Rendezvous(config, rank=rank)
         self._step = 0
-        self._taken = StepsTaken()
         self._models: LearnerModels
-        self._update: PPOUpdate
+        self._objective: PPOObjective | OnlineDPOObjective
         self._weights: PolicyWeights
         self._sender: WeightSender
 
@@ -52,63 +51,72 @@ class LearnerWorker:
 
     def open_rendezvous(self) -> int:
         """On rank 0: host the learners' rendezvous and return its port."""
-        self._store = open_store(timeout_s=self._config.cluster.start_timeout_s)
-        return self._store.port
+        return self._rendezvous.open()
 
     def start(self, host: str, port: int) -> None:
         """Join the other ranks, load the models, build the engines."""
-        learner = self._config.learner
-        torch.set_num_threads(learner.threads)
-        torch.manual_seed(self._config.seed)
-        join_group(
-            self._store,
-            host=host,
-            port=port,
-            rank=self._rank,
-            world_size=learner.num_ranks,
-            use_gpu=self._device.type == "cuda",
-            timeout_s=max(self._config.cluster.start_timeout_s, self._config.cluster.step_timeout_s),
+        self._rendezvous.join(host, port)
+        config, objective = self._config, self._config.objective
+        has_guide = isinstance(objective, OnlineDPOConfig) and isinstance(objective.loss, TGDPOLoss)
+        self._models = build_models(
+            config,
+            self._folder,
+            self._device,
+            critic=config.critic,
+            moves_reference=isinstance(objective, OnlineDPOConfig) and objective.reference.every_steps > 0,
+            has_guide=has_guide,
+            second_folder=self._second_folder,
         )
-        self._models = build_models(self._config, self._folder, self._critic_folder, self._device)
-        self._update = PPOUpdate(self._config, self._models, rank=self._rank, device=self._device)
+        if isinstance(objective, OnlineDPOConfig):
+            self._objective = OnlineDPOObjective(objective, config, self._models, rank=self._rank, device=self._device)
+        else:
+            self._objective = PPOObjective(objective, config, self._models, rank=self._rank, device=self._device)
         self._weights = PolicyWeights(self._models.policy.module.lm)
 
     def close(self) -> None:
         """Leave the groups."""
         if hasattr(self, "_sender"):
             self._sender.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self._rendezvous.leave()
 
     # --- training ---------------------------------------------------------------------------------------------------
 
     def update(self, rollouts: Sequence[Rollouts], rewards: Sequence[RewardOutput]) -> dict[str, float]:
-        """One PPO step on this rank's whole groups; returns global metrics, equal on every rank.
+        """One step of the objective on this rank's whole groups; returns global metrics, equal on every rank.
 
         Raises:
-            RuntimeError: at the first step, if policy and old policy differ before any update.
+            RuntimeError: training has diverged; or at the first step, policy and old policy differ before any update.
         """
         started = time.perf_counter()
-        rows = without_empty(Rollouts.concatenate(rollouts))
+        rows, scored = without_empty(Rollouts.concatenate(rollouts)), RewardOutput.concatenate(rewards)
         # A group is one part: a prompt that was drawn twice is two groups.
         group_ids = [group for group, part in enumerate(rollouts) for _ in range(len(part))]
-        experience = self._update.experience(rows, RewardOutput.concatenate(rewards), group_ids)
+        experience = gather_experience(
+            self._models,
+            rows,
+            scored,
+            group_ids,
+            micro_batch_size=self._config.learner.micro_batch_size,
+            with_end_values=self._objective.needs_end_values,
+            device=self._device,
+        )
         logprobs_s = time.perf_counter() - started
-        kl_coef = self._kl.coef
         metrics = experience_metrics(
-            experience, kl_coef=kl_coef, importance_cap=self._config.rollout.importance_cap, device=self._device
+            experience,
+            kl_coef=self._objective.kl_coef,
+            importance_cap=self._config.rollout.importance_cap,
+            device=self._device,
         )
         self._require_finite(metrics)
-        experience, credited = assign_credit(
-            experience, self._config.objective, kl_coef=kl_coef, all_reduce=all_reduce_sum
+        metrics |= self._objective.update(
+            rows,
+            scored,
+            experience,
+            step=self._step,
+            sequence_kl=metrics["policy/kl_to_ref"],
+            num_sequences=self._config.responses_per_step - int(metrics["data/dropped_responses_count"]),
         )
-        metrics |= credited
-        trained, self._taken = self._update.train(rows, experience, step=self._step, kl_coef=kl_coef, taken=self._taken)
-        metrics |= trained
         self._require_finite(metrics)
-        num_sequences = self._config.responses_per_step - int(metrics["data/dropped_responses_count"])
-        if num_sequences and self._taken.policy:  # while the critic warms up alone, there is no KL to control
-            self._kl = self._kl.updated(kl_per_sequence=metrics["policy/kl_to_ref"], num_sequences=num_sequences)
         self._step += 1
         tokens = self._global(tokens=sum(len(p) for p in rows.prompt_ids) + int(rows.response_lengths.sum()))["tokens"]
         metrics["learn/logprobs_s"] = logprobs_s
@@ -179,27 +187,20 @@ class LearnerWorker:
 
     def save(self, folder: str) -> None:
         """Write this rank's share of a checkpoint."""
-        state = {"step": self._step, "taken": asdict(self._taken), "kl": self._kl.state_dict()}
+        state = {"step": self._step, "objective": self._objective.state_dict()}
         save_learner(Path(folder), self._models, state)
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint that equally many ranks saved."""
         state = load_learner(Path(folder), self._models)
-        self._step, self._taken = state["step"], StepsTaken(**state["taken"])
-        self._kl = self._kl.with_state(state["kl"])
+        self._step = state["step"]
+        self._objective.load_state_dict(state["objective"])
 
     def export(self, folder: str) -> None:
         """Write the policy, adapters merged, as an ordinary Hugging Face folder (rank 0 writes, all ranks gather)."""
-        state = {}
-        for name, weight in self._weights:
-            if self._rank == 0:
-                state[name] = weight.to("cpu", copy=True)
-        if self._rank == 0:
-            trust = self._config.model.trust_remote_code
-            write_model_folder(
-                folder, self._models.policy.module.lm, state, load_tokenizer(self._folder, trust_remote_code=trust)
-            )
-        dist.barrier()
+        trust = self._config.model.trust_remote_code
+        tokenizer = load_tokenizer(self._folder, trust_remote_code=trust)
+        self._weights.export(folder, tokenizer, writes=self._rank == 0)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
@@ -209,18 +210,10 @@ class LearnerWorker:
             if not math.isfinite(metrics.get(key, 0.0)):
                 raise RuntimeError(
                     f"{key} is {metrics[key]} in step {self._step + 1}: training has diverged. Go back to the last "
-                    "checkpoint with a lower learner.lr, or a larger objective.kl.coef"
+                    "checkpoint with a lower learner.lr, or a stronger KL penalty (objective.kl.coef, or a loss's beta)"
                 )
 
     def _global(self, **values: float) -> dict[str, float]:
         totals = Totals(self._device)
         totals.add(**values)
         return totals.reduced()
-
-
-def kl_controller(config: RunConfig) -> KLController:
-    """The controller that the objective asks for."""
-    kl = config.objective.kl
-    if isinstance(kl.control, AdaptiveKLControl):
-        return AdaptiveKL(coef=kl.coef, **kl.control.model_dump(exclude={"kind"}))
-    return FixedKL(coef=kl.coef)

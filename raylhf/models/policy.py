@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from raylhf.algos.logprobs import logprobs_and_entropy_from_hidden
+from raylhf.algos.logprobs import logprobs_and_entropy_from_hidden, logprobs_and_kl_from_hidden
 from raylhf.models.load import load_causal_lm, without_dropout
 
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
@@ -28,6 +28,14 @@ class TokenHead(nn.Module):
         """Log-probabilities [N] of `targets` [N] and entropies [N] after hidden states [N, D]."""
         return logprobs_and_entropy_from_hidden(
             hidden, self.weight, targets, temperature=temperature, chunk_size=self.chunk_size
+        )
+
+    def with_kl(
+        self, hidden: Tensor, targets: Tensor, temperature: float, ref_hidden: Tensor, ref_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N], and KL(reference || policy) [N] with the reference's states [N, D] and layer."""
+        return logprobs_and_kl_from_hidden(
+            hidden, self.weight, targets, ref_hidden, ref_weight, temperature=temperature, chunk_size=self.chunk_size
         )
 
 
@@ -57,18 +65,41 @@ class PolicyModel(nn.Module):
         self.value_head = ValueHead(lm.config.hidden_size, lm.dtype) if with_value_head else None
 
     def forward(
-        self, tokens: Tensor, rows: Tensor, positions: Tensor, targets: Tensor, *, temperature: float
+        self,
+        tokens: Tensor,
+        lines: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities [N], entropies [N] and values [N] (None without a value head).
 
         tokens [B, L] are right-padded: under causal attention no real token sees the padding, so no attention mask is
-        needed. (rows[n], positions[n]) is the state before response token targets[n].
+        needed. (lines[n], positions[n]) is the state before response token targets[n]. position_ids [B, L] start again
+        at 0 where a line holds another sequence, and keep the sequences apart.
         """
-        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[rows, positions]
+        hidden = self.hidden(tokens, lines, positions, position_ids)
         logprobs, entropies = self.token_head(hidden, targets, temperature)
         # The value gradient stops here: the trunk belongs to the policy.
         values = None if self.value_head is None else self.value_head(hidden.detach())
         return logprobs, entropies, values
+
+    def hidden(self, tokens: Tensor, lines: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The states [N, D] at (lines[n], positions[n]) of right-padded tokens [B, L]."""
+        return _states(self.lm.base_model, tokens, position_ids)[lines, positions]
+
+    def last_layer_parameters(self) -> list[nn.Parameter]:
+        """Of the top transformer layer.
+
+        Raises:
+            ValueError: the architecture does not say which it is.
+        """
+        layers = getattr(self.lm.base_model, "layers", None)
+        if layers is None:
+            raise ValueError(f"objective.loss aux_dpo: raylhf finds no layers in {type(self.lm).__name__}; use another")
+        return list(layers[-1].parameters())
 
 
 class CriticModel(nn.Module):
@@ -79,10 +110,16 @@ class CriticModel(nn.Module):
         self.trunk = trunk
         self.value_head = head
 
-    def forward(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Values [N] of the states (rows[n], positions[n]) in right-padded tokens [B, L]."""
-        hidden = self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.value_head(hidden[rows, positions])
+    def forward(self, tokens: Tensor, lines: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Values [N] of the states (lines[n], positions[n]) in right-padded tokens [B, L]."""
+        return self.value_head(_states(self.trunk, tokens, position_ids)[lines, positions])
+
+
+def _states(trunk: Any, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The last layer's states [B, L, D]."""
+    # Transformers takes positions that start again, without an attention mask, for packed sequences.
+    packed = {} if position_ids is None else {"position_ids": position_ids}
+    return trunk(input_ids=tokens, use_cache=False, **packed).last_hidden_state
 
 
 def load_policy(

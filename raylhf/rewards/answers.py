@@ -33,8 +33,6 @@ class AnswerReward:
     A row without a reference, and a comparison that takes over COMPARISON_LIMIT_S, have no score.
     """
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, *, answer_key: str, match: Literal["math", "text"], pattern: str | None):
         self._answer_key = answer_key
         self._pattern = None if pattern is None else compile_pattern(pattern, "the answer reward")

@@ -18,7 +18,7 @@ from raylhf.rewards.fusion import (
     worst_case,
 )
 from raylhf.rewards.library_rules import LanguageReward, SpellingReward, ToxicityReward, WritingReward
-from raylhf.rewards.nodes import Adaptive, Members, Objectives
+from raylhf.rewards.nodes import Adaptive, Combine
 from raylhf.rewards.remote import RemoteReward
 from raylhf.rewards.rules import (
     CharacterReward,
@@ -112,25 +112,29 @@ def build_model(config: Any, context: BuildContext) -> "Reward":
 
 def build_sum(config: settings.SumReward, context: BuildContext, place: Place) -> "Reward":
     weights = [part.weight for part in config.parts]
-    return Objectives(build_parts(config.parts, context, place), partial(weighted_sum, weights=weights))
+    return Combine(build_parts(config.parts, context, place), partial(weighted_sum, weights=weights))
 
 
 def build_min(config: settings.MinReward, context: BuildContext, place: Place) -> "Reward":
-    return Members(build_parts(config.parts, context, place), worst_case)
+    return Combine(build_parts(config.parts, context, place), worst_case, by_member=True)
 
 
 def build_lower_confidence(config: settings.LowerConfidenceReward, context: BuildContext, place: Place) -> "Reward":
-    return Members(build_parts(config.parts, context, place), partial(lower_confidence, coef=config.coef))
+    return Combine(
+        build_parts(config.parts, context, place), partial(lower_confidence, coef=config.coef), by_member=True
+    )
 
 
 def build_uncertainty_weighted(
     config: settings.UncertaintyWeightedReward, context: BuildContext, place: Place
 ) -> "Reward":
-    return Members(build_parts(config.parts, context, place), partial(uncertainty_weighted, coef=config.coef))
+    return Combine(
+        build_parts(config.parts, context, place), partial(uncertainty_weighted, coef=config.coef), by_member=True
+    )
 
 
 def build_kl_dro(config: settings.KLDROReward, context: BuildContext, place: Place) -> "Reward":
-    return Members(build_parts(config.parts, context, place), partial(kl_dro, beta=config.beta))
+    return Combine(build_parts(config.parts, context, place), partial(kl_dro, beta=config.beta), by_member=True)
 
 
 def build_tchebycheff(config: settings.TchebycheffReward, context: BuildContext, place: Place) -> "Reward":
@@ -138,7 +142,7 @@ def build_tchebycheff(config: settings.TchebycheffReward, context: BuildContext,
         raise ValueError(f"{place.path}.ideal has {len(config.ideal)} values for {len(config.parts)} parts")
     weights = [part.weight for part in config.parts]
     combine = partial(tchebycheff, weights=weights, ideal=config.ideal)
-    return Objectives(build_parts(config.parts, context, place), combine)
+    return Combine(build_parts(config.parts, context, place), combine)
 
 
 def build_gate(config: settings.GateReward, context: BuildContext, place: Place) -> "Reward":

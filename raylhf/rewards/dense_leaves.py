@@ -1,7 +1,7 @@
 """Leaves that are models with a score for each token or step: dense rewards in the policy's tokens."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from raylhf.rewards.model_serving import (
     require_head,
     run_in_batches,
     serve,
+    truncated_rows,
 )
 
 if TYPE_CHECKING:  # build imports this file
@@ -33,28 +34,30 @@ _LOGPROB_CHUNK = 1024
 class TokenLevelModelReward:
     """Scores of the response's tokens, dense, and their sum, mean or last one."""
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, config: settings.TokenLevelReward, context: "BuildContext") -> None:
         self._served = serve(config, config.path, context)
         require_head(self._served, config, {"token", "process"})
         trained = self._served.model.aggregate
         self._aggregate = config.aggregate or ("mean" if trained == "steps" else trained)
+        self._link = config.link
         self._policy = None if context.policy is None else PolicyTokens(context.policy)
         # A calibration is of the scores that the model was trained to give.
-        self.calibration = self._served.model.calibration if self._aggregate == trained else None
+        self.calibration = (
+            self._served.model.calibration if self._aggregate == trained and config.link == "identity" else None
+        )
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        credits = [
-            judged if isinstance(judged, str) else self._credit(judged) for judged in self._served.judge(rollouts)
-        ]
-        return _dense_output("token_level", rollouts, credits, self._policy)
+        texts = self._served.judge(rollouts)
+        credits = [judged if isinstance(judged, str) else self._credit(judged) for judged in texts]
+        return _dense_output("token_level", rollouts, credits, self._policy, is_truncated=truncated_rows(texts))
 
     def _credit(self, judged: Judged) -> "tuple[np.ndarray, np.ndarray] | str":
         """Scores that sum to the response's, and their spans."""
         scores, spans = judged.outputs[judged.text.in_response], judged.text.spans[judged.text.in_response]
         if len(scores) == 0:
             return "the response has no text, so no token has a score"
+        if self._link == "probability":
+            scores = np.tanh(scores / 2)  # 2 sigmoid(x) - 1
         if self._aggregate == "mean":
             return scores / len(scores), spans
         if self._aggregate == "last":
@@ -70,8 +73,6 @@ class ProcessModelReward:
     that the blame stands where the product falls. With one step all four are 2 P - 1.
     """
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, config: settings.ProcessReward, context: "BuildContext") -> None:
         self._served = serve(config, config.path, context)
         require_head(self._served, config, {"token", "process"})
@@ -79,11 +80,12 @@ class ProcessModelReward:
         self._policy = None if context.policy is None else PolicyTokens(context.policy)
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
+        texts = self._served.judge(rollouts)
         credits = [
             judged if isinstance(judged, str) else self._credit(judged, response)
-            for judged, response in zip(self._served.judge(rollouts), rollouts.response_texts, strict=True)
+            for judged, response in zip(texts, rollouts.response_texts, strict=True)
         ]
-        return _dense_output("process", rollouts, credits, self._policy)
+        return _dense_output("process", rollouts, credits, self._policy, is_truncated=truncated_rows(texts))
 
     def _credit(self, judged: Judged, response: str) -> "tuple[np.ndarray, np.ndarray] | str":
         """Credit of each step that the model read, and the span of its last character."""
@@ -99,8 +101,6 @@ class ProcessModelReward:
 
 class ImplicitModelReward:
     """beta times the log-ratio of two language models over the response and, where it ended, its end token (R18)."""
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, config: settings.ImplicitReward, context: "BuildContext") -> None:
         folders = [prepare_model(path, seed=context.seed) for path in (config.policy, config.reference)]
@@ -149,7 +149,7 @@ class ImplicitModelReward:
             text = texts[row]
             assert isinstance(text, EncodedText)
             credits[row] = (self._config.beta * ratio, text.spans[counted[row]])
-        return _dense_output("implicit", rollouts, credits, self._policy)
+        return _dense_output("implicit", rollouts, credits, self._policy, is_truncated=truncated_rows(texts))
 
     def _counted(self, text: EncodedText, rollouts: Rollouts, row: int) -> np.ndarray:
         """Positions of the tokens that count: the response's, and the end token that the policy chose."""
@@ -205,6 +205,8 @@ def _dense_output(
     rollouts: Rollouts,
     credits: Sequence[tuple[np.ndarray, np.ndarray] | str],
     policy: PolicyTokens | None,
+    *,
+    is_truncated: np.ndarray,
 ) -> RewardOutput:
     """Each row's score is the sum of its credit; dense scores are the credit in the policy's tokens."""
     scores = np.full(len(rollouts), np.nan)
@@ -217,4 +219,5 @@ def _dense_output(
         scores[row] = credit[0].sum()
         if policy is not None and np.isfinite(scores[row]):
             token_scores[row] = policy.lay_out(rollouts, row, *credit)
-    return output_of(name, rollouts, scores, errors, token_scores=None if policy is None else token_scores)
+    dense = None if policy is None else token_scores
+    return output_of(name, rollouts, scores, errors, is_truncated=is_truncated, token_scores=dense)

@@ -5,7 +5,6 @@ They score its first MAX_LIBRARY_CHARACTERS characters.
 
 import re
 import unicodedata
-from typing import Literal
 
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.rewards.rules import MAX_LIBRARY_CHARACTERS
@@ -17,8 +16,6 @@ class LanguageReward:
 
     A text too short or too odd for the model (`ok`, `12345`) is about as likely in any language: about 0.01.
     """
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, *, language: str):
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -48,8 +45,6 @@ class SpellingReward:
     A word that starts upper-case in mid-sentence counts as a name and is left out (in German also the nouns). A
     response that writes every word so escapes the check, but for the first words of its sentences.
     """
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, *, language: str):
         from spellchecker import SpellChecker
@@ -86,8 +81,6 @@ class WritingReward:
     quotes and the ellipsis sign where `FormatReward` wants plain text.
     """
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self) -> None:
         from proselint.checks import __register__
         from proselint.config import DEFAULT, Config
@@ -115,8 +108,6 @@ class WritingReward:
 
 class ToxicityReward:
     """Minus alt-profanity-check's probability that the response is offensive, in [-1, 0] (English)."""
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self) -> None:
         from profanity_check import predict_prob

@@ -4,7 +4,7 @@ Those that score its tokens or steps are in `dense_leaves`.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from raylhf.config import reward_leaves as settings
 from raylhf.models.reward import member_folders
 from raylhf.rewards.dense_leaves import ImplicitModelReward, ProcessModelReward, TokenLevelModelReward
 from raylhf.rewards.fusion import softmax
-from raylhf.rewards.model_serving import ServedModel, output_of, require_head, serve
+from raylhf.rewards.model_serving import ServedModel, output_of, require_head, serve, truncated_rows
 
 if TYPE_CHECKING:  # build imports this file
     from raylhf.rewards.build import BuildContext
@@ -36,8 +36,6 @@ class ExplicitModelReward:
     """One output of a sequence classifier; of one into several classes, the log-odds of the class against the rest,
     as its logits are defined only up to a constant for each text."""
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, config: settings.ExplicitReward, context: "BuildContext") -> None:
         self._served = serve(config, config.path, context)
         self._output = config.output
@@ -51,11 +49,11 @@ class ExplicitModelReward:
         self.calibration = None if calibration is None else calibration.output(config.output)
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        outputs, errors = _pooled(self._served, rollouts)
+        outputs, errors, is_truncated = _pooled(self._served, rollouts)
         scores = outputs[:, self._output]
         if self._served.model.is_softmax:
             scores = scores - np.logaddexp.reduce(np.delete(outputs, self._output, axis=1), axis=1)
-        return output_of("explicit", rollouts, scores, errors)
+        return output_of("explicit", rollouts, scores, errors, is_truncated=is_truncated)
 
 
 class EnsembleModelReward:
@@ -64,8 +62,6 @@ class EnsembleModelReward:
     Members with calibrations are standardised by their own first: on different scales, their spread would measure
     offsets instead of disagreement.
     """
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, config: settings.EnsembleReward, context: "BuildContext") -> None:
         folders = [folder for path in config.paths for folder in member_folders(path)]
@@ -89,20 +85,21 @@ class EnsembleModelReward:
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         judged = [_pooled(member, rollouts) for member in self._members]
-        vector = (np.concatenate([outputs for outputs, _ in judged], axis=1) - self._mean) / self._std
+        vector = (np.concatenate([outputs for outputs, _, _ in judged], axis=1) - self._mean) / self._std
         is_scored = np.isfinite(vector)
         vector = np.where(is_scored, vector, np.nan)
         num_scored = is_scored.sum(axis=1)
         totals = np.where(is_scored, vector, 0.0).sum(axis=1)
         mean = np.divide(totals, num_scored, out=np.full(len(rollouts), np.nan), where=num_scored > 0)
-        reasons = {row: reason for _, found in judged for row, reason in found.items() if num_scored[row] == 0}
-        return output_of("ensemble", rollouts, mean, reasons, vector=vector, names=self._names)
+        reasons = {row: reason for _, found, _ in judged for row, reason in found.items() if num_scored[row] == 0}
+        is_truncated = np.any([cut for _, _, cut in judged], axis=0)
+        return output_of(
+            "ensemble", rollouts, mean, reasons, is_truncated=is_truncated, vector=vector, names=self._names
+        )
 
 
 class MultiValueModelReward:
     """One output an attribute as a vector, and their weighted sum (without weights: their mean)."""
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, config: settings.MultiValueReward, context: "BuildContext") -> None:
         self._served = serve(config, config.path, context)
@@ -116,9 +113,9 @@ class MultiValueModelReward:
         self._weights = np.array([weights.get(name, 0.0) for name in names])
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
-        vector, errors = _pooled(self._served, rollouts)
-        names = self._served.model.names
-        return output_of("multi_value", rollouts, vector @ self._weights, errors, vector=vector, names=names)
+        vector, errors, is_truncated = _pooled(self._served, rollouts)
+        scores, names = vector @ self._weights, self._served.model.names
+        return output_of("multi_value", rollouts, scores, errors, is_truncated=is_truncated, vector=vector, names=names)
 
 
 class PromptClassifier:
@@ -149,13 +146,14 @@ class PromptClassifier:
         return weights, reasons
 
 
-def _pooled(served: ServedModel, rollouts: Rollouts) -> tuple[np.ndarray, dict[int, str]]:
-    """Outputs, float64 [B, H] with NaN where the model could not read the text, and the reasons by row."""
+def _pooled(served: ServedModel, rollouts: Rollouts) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
+    """Outputs, float64 [B, H] with NaN where the model could not read the text, the reasons by row, and which texts
+    it read in part, bool [B]."""
     outputs = np.full((len(rollouts), len(served.model.names)), np.nan)
-    errors = {}
-    for row, judged in enumerate(served.judge(rollouts)):
+    errors, texts = {}, served.judge(rollouts)
+    for row, judged in enumerate(texts):
         if isinstance(judged, str):
             errors[row] = judged
         else:
             outputs[row] = judged.outputs
-    return outputs, errors
+    return outputs, errors, truncated_rows(texts)

@@ -183,12 +183,19 @@ def require_head(served: ServedModel, config: Any, kinds: set[str]) -> None:
         )
 
 
+def truncated_rows(texts: Sequence[EncodedText | Judged | str]) -> np.ndarray:
+    """Which texts a model read in part, bool [B]; none of those that it could not read."""
+    read = [text.text if isinstance(text, Judged) else text for text in texts]
+    return np.array([isinstance(text, EncodedText) and text.is_truncated for text in read], dtype=bool)
+
+
 def output_of(
     name: str,
     rollouts: Rollouts,
     scores: np.ndarray,
     errors: dict[int, str],
     *,
+    is_truncated: np.ndarray,
     vector: np.ndarray | None = None,
     names: tuple[str, ...] = (),
     token_scores: Sequence[np.ndarray] | None = None,
@@ -203,4 +210,5 @@ def output_of(
         vector=vector,
         vector_names=names,
         errors=tuple(about_prompt(name, rollouts.prompts[row], reasons[row]) for row in sorted(reasons)),
+        num_truncated=int(is_truncated.sum()),
     )

@@ -1,7 +1,7 @@
 """Nodes over several parts: what is common to them, and those that treat every prompt alike."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,53 +13,36 @@ from raylhf.rewards.validity import MAX_SCORE
 if TYPE_CHECKING:  # the Protocols name torch's types, and a reward worker needs no torch
     from raylhf.interfaces import Reward
 
-Arity = Literal["point", "group"]
 
-
-class Members:
-    """Combines the members of its parts: the columns of a part that has a `vector`, else the part's score.
+class Combine:
+    """Combines the scores of its parts, in their order; `by_member`, the columns of those that have a `vector`.
 
     A member that does not apply to a response (NaN in a column) is left out there; a part that failed makes the
     response invalid, and so does a response without members.
     """
 
-    arity: Arity
-
-    def __init__(self, parts: Mapping[str, "Reward"], combine: Callable[[np.ndarray], Combined]):
+    def __init__(
+        self, parts: Mapping[str, "Reward"], combine: Callable[[np.ndarray], Combined], *, by_member: bool = False
+    ):
         """`combine` takes members [B, M] (see `fusion`)."""
         self._parts = dict(parts)
         self._combine = combine
-        self.arity = arity_of(self._parts.values())
+        self._by_member = by_member
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         outputs = {name: reward.score(rollouts) for name, reward in self._parts.items()}
-        columns = [o.scores[:, None] if o.vector is None else o.vector for o in outputs.values()]
+        columns = [
+            output.vector if self._by_member and output.vector is not None else output.scores[:, None]
+            for output in outputs.values()
+        ]
         scores, weights = self._combine(np.concatenate(columns, axis=1))
         ends = np.cumsum([column.shape[1] for column in columns])[:-1]
         per_part = [block.sum(axis=1) for block in np.split(weights, ends, axis=1)]
         return joined(outputs, Combined(scores, np.stack(per_part, axis=1)), rollouts)
 
 
-class Objectives:
-    """Combines the scores of its parts, in their order; each part is one objective, whatever it is made of."""
-
-    arity: Arity
-
-    def __init__(self, parts: Mapping[str, "Reward"], combine: Callable[[np.ndarray], Combined]):
-        """`combine` takes the parts' scores [B, M] (see `fusion`)."""
-        self._parts = dict(parts)
-        self._combine = combine
-        self.arity = arity_of(self._parts.values())
-
-    def score(self, rollouts: Rollouts) -> RewardOutput:
-        outputs = {name: reward.score(rollouts) for name, reward in self._parts.items()}
-        return joined(outputs, self._combine(scores_of(outputs)), rollouts)
-
-
 class Adaptive:
     """sum_k weight_k * score_k / std_k with running standard deviations, so that no part rules by its scale alone."""
-
-    arity: Arity
 
     def __init__(
         self,
@@ -76,7 +59,6 @@ class Adaptive:
         self._places = [f"{place}.parts.{name}" for name in self._parts]
         self._moments = [state.register(part, decay=decay) for part in self._places]
         self._state = state
-        self.arity = arity_of(self._parts.values())
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         outputs = {name: reward.score(rollouts) for name, reward in self._parts.items()}
@@ -84,11 +66,6 @@ class Adaptive:
             self._state.observe(place, output.scores[output.valid])
         stds = np.array([moments.std for moments in self._moments])
         return joined(outputs, weighted_sum(scores_of(outputs), self._weights / stds), rollouts)
-
-
-def arity_of(rewards: "Iterable[Reward]") -> Arity:
-    """`group` if any of the rewards needs whole groups."""
-    return "group" if any(reward.arity == "group" for reward in rewards) else "point"
 
 
 def scores_of(outputs: Mapping[str, RewardOutput]) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,8 +63,6 @@ class RemoteReward:
     The responses are cut into requests, a few of which run at a time. A call of `score` ends after `deadline_s` at the
     latest; the responses of a request that has no answer by then are invalid, for one sentence.
     """
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import regex
@@ -25,8 +25,6 @@ class SentimentReward:
     The first MAX_LIBRARY_CHARACTERS characters are scored.
     """
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self) -> None:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -42,8 +40,6 @@ class SentimentReward:
 
 class LengthReward:
     """1 inside [min_words, max_words], falling linearly to 0 at `slack` words outside of it."""
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, *, min_words: int, max_words: int, slack: int):
         if min_words > max_words:
@@ -65,8 +61,6 @@ class LengthReward:
 class OverlongReward:
     """DAPO's soft punishment (2503.14476): 0 up to max_tokens - buffer, falling linearly to -1 at max_tokens."""
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, *, max_tokens: int, buffer: int):
         if buffer > max_tokens:
             raise ValueError(
@@ -84,8 +78,6 @@ class OverlongReward:
 
 class FormatReward:
     """Share of the four checks of `format_checks` that a response passes: 0, 1/4, ... 1."""
-
-    arity: Literal["point", "group"] = "point"
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         return score_each("format", rollouts, lambda _, text: sum(format_checks(text).values()) / 4)
@@ -127,8 +119,6 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 class RepetitionReward:
     """Distinct word n-grams over all of them (distinct-n, 1510.03055), minus 1; 0 for a text of n words or fewer."""
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, *, ngram: int):
         self._ngram = ngram
 
@@ -156,8 +146,6 @@ def compile_pattern(pattern: str, owner: str) -> Any:
 class RegexReward:
     """1 where the pattern is found in the response, or with `whole` matches all of it, else 0."""
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, *, pattern: str, whole: bool):
         self._pattern = compile_pattern(pattern, "the regex reward")
         self._whole = whole
@@ -180,8 +168,6 @@ class JsonReward:
 
     A response over which one of the schema's regular expressions takes more than REGEX_LIMIT_S has no score.
     """
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, *, json_schema: Mapping[str, Any] | None):
         self._validator = None if json_schema is None else schema_validator(json_schema)
@@ -230,8 +216,6 @@ def schema_validator(json_schema: Mapping[str, Any]) -> Any:
 class CharacterReward:
     """Share of the response's characters that are in `characters`; 0 for a response without text."""
 
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, *, characters: str):
         self._characters = frozenset(characters)
 
@@ -245,8 +229,6 @@ class CharacterReward:
 
 class FunctionReward:
     """A user's `f(prompt, response, metadata)`: the last user turn, the response's text, the rest of the data row."""
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self, *, path: str):
         self._path = path

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from raylhf.batch import Prompt, RewardOutput, Rollouts
 from raylhf.rewards.fusion import Combined, weighted_sum
-from raylhf.rewards.nodes import Arity, arity_of, joined, scores_of
+from raylhf.rewards.nodes import joined, scores_of
 from raylhf.rewards.rules import REGEX_LIMIT_S, compile_pattern
-from raylhf.rewards.validity import MAX_SCORE, about_prompt, unscored
+from raylhf.rewards.validity import MAX_SCORE, about_prompt, result_or_reason, unscored
 from raylhf.tracking.redaction import without_secrets
 
 if TYPE_CHECKING:  # the Protocols name torch's types, and a reward worker needs no torch
@@ -51,8 +52,6 @@ class Gate:
     read, or are 0 for every part, makes its responses invalid.
     """
 
-    arity: Arity
-
     def __init__(
         self,
         parts: Mapping[str, "Reward"],
@@ -67,7 +66,6 @@ class Gate:
         self._weights_key = weights_key
         self._rules = PromptRules(rules, "a gate rule")
         self._classifier = classifier
-        self.arity = arity_of(self._parts.values())
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         weights, errors = self._weights_of(rollouts.prompts)
@@ -107,13 +105,11 @@ class Gate:
     def _classified(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[str]]:
         """The classifier's weights [B, M], NaN where it fails, and why."""
         assert self._classifier is not None
-        try:
-            weights, reasons = self._classifier.weights(prompts)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a model may fail in many ways; its prompts' responses are invalid
-            sentence = without_secrets(f"gate: the prompt classifier: {type(error).__name__}: {error}")
+        judged = result_or_reason(partial(self._classifier.weights, prompts))
+        if isinstance(judged, str):
+            sentence = without_secrets(f"gate: the prompt classifier: {judged}")
             return np.full((len(prompts), len(self._parts)), np.nan), [sentence]
+        weights, reasons = judged
         told = [about_prompt("gate", prompts[i], f"the prompt classifier: {reason}") for i, reason in reasons.items()]
         return weights, told
 
@@ -135,8 +131,6 @@ class Route:
     All responses of a prompt go to one part, so a part that needs whole groups gets them.
     """
 
-    arity: Arity
-
     def __init__(
         self,
         parts: Mapping[str, "Reward"],
@@ -149,7 +143,6 @@ class Route:
         self._key = key
         self._rules = PromptRules(rules, "a route rule")
         self._default = default
-        self.arity = arity_of(self._parts.values())
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         chosen: list[str | None] = []

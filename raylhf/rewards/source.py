@@ -5,14 +5,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.config.reward_leaves import FailurePolicy
 from raylhf.rewards.state import Call, RewardState
-from raylhf.rewards.validity import NUM_TOLD_ERRORS, RewardFailedError, all_invalid, checked
+from raylhf.rewards.validity import NUM_TOLD_ERRORS, RewardFailedError, all_invalid, checked, result_or_reason
 from raylhf.tracking.redaction import without_secrets
 
 if TYPE_CHECKING:  # the Protocols name torch's types, and a reward worker needs no torch
@@ -26,12 +26,9 @@ class Source:
     asks for the prompt's group to be sampled anew.
     """
 
-    arity: Literal["point", "group"]
-
     def __init__(self, name: str, reward: "Reward", on_failure: FailurePolicy, state: RewardState):
         """`name` is the path of part names to the leaf, or its kind where it is the whole graph."""
         self.name = name
-        self.arity = reward.arity
         self.calibration = getattr(reward, "calibration", None)
         """Statistics of a reward model's scores on its calibration set; None where the leaf has none."""
         self._reward = reward
@@ -48,6 +45,7 @@ class Source:
                 seconds=time.perf_counter() - started,
                 num_responses=len(rollouts),
                 num_failed=int(failed.sum()),
+                num_truncated=output.num_truncated,
                 score_mean=float(scored.mean()) if len(scored) else float("nan"),
                 score_std=float(scored.std()) if len(scored) else float("nan"),
             )
@@ -63,13 +61,9 @@ class Source:
     def _score_or_fail(self, rollouts: Rollouts) -> RewardOutput:
         """The leaf's checked output; whatever the leaf raises makes every score of the call invalid."""
         leaf = type(self._reward).__name__
-        try:
-            output = checked(leaf, self._reward.score(rollouts), len(rollouts))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a user's code may call sys.exit, and Rust's panics are no Exception
-            sentence = without_secrets(f"{leaf}: {type(error).__name__}: {error}")
-            return all_invalid(len(rollouts), sentence, ())
+        output = result_or_reason(lambda: checked(leaf, self._reward.score(rollouts), len(rollouts)))
+        if isinstance(output, str):
+            return all_invalid(len(rollouts), without_secrets(f"{leaf}: {output}"), ())
         return with_columns_as_parts(with_fitting_tokens(leaf, output, rollouts))
 
 

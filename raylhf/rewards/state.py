@@ -80,6 +80,8 @@ class Call:
     seconds: float
     num_responses: int
     num_failed: int
+    num_truncated: int
+    """Responses that its model read in part."""
     score_mean: float
     """Over the valid scores; NaN without any."""
     score_std: float

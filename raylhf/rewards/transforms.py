@@ -8,7 +8,7 @@ import numpy as np
 
 from raylhf.batch import RewardOutput, Rollouts
 from raylhf.rewards.fusion import laid_out
-from raylhf.rewards.nodes import Arity, any_resample, arity_of, named_parts
+from raylhf.rewards.nodes import any_resample, named_parts
 from raylhf.rewards.state import RewardState, RunningMoments
 from raylhf.rewards.validity import usable
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:  # the Protocols name torch's types, and a reward worker needs
 class Veto:
     """At most `cap` where the rule's score is below the threshold. A response that the rule fails on is invalid."""
 
-    arity: Arity
-
     def __init__(self, reward: "Reward", rule: "Reward", *, rule_name: str, below: float, cap: float):
         """`rule_name` is the rule's among the parts."""
         self._reward = reward
@@ -28,7 +26,6 @@ class Veto:
         self._rule_name = rule_name
         self._below = below
         self._cap = cap
-        self.arity = arity_of([reward, rule])
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         output, rule = self._reward.score(rollouts), self._rule.score(rollouts)
@@ -46,8 +43,6 @@ class Veto:
 class Calibrate:
     """(score - mean) / std with constants, of the score clipped to [low, high]."""
 
-    arity: Arity
-
     def __init__(self, reward: "Reward", *, mean: float, std: float, low: float = -np.inf, high: float = np.inf):
         """`low` and `high` are in the units of the reward."""
         self._reward = reward
@@ -55,7 +50,6 @@ class Calibrate:
         self._std = std
         self._low = low
         self._high = high
-        self.arity = reward.arity
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         output = self._reward.score(rollouts)
@@ -68,8 +62,6 @@ class Whiten:
 
     Before the first commit scores pass as they are. Moments of a reference stay those of the first commit.
     """
-
-    arity: Arity
 
     def __init__(
         self,
@@ -86,7 +78,6 @@ class Whiten:
         self._state = state
         self._shift_mean = shift_mean
         self._moments: RunningMoments = state.register(place, decay=decay, is_reference=is_reference)
-        self.arity = reward.arity
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         output = self._reward.score(rollouts)
@@ -99,13 +90,10 @@ class Whiten:
 class Clip:
     """The score, at least `low` and at most `high`."""
 
-    arity: Arity
-
     def __init__(self, reward: "Reward", *, low: float, high: float):
         self._reward = reward
         self._low = low
         self._high = high
-        self.arity = reward.arity
 
     def score(self, rollouts: Rollouts) -> RewardOutput:
         output = self._reward.score(rollouts)

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
+from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import regex
 
 from raylhf.batch import Prompt, RewardOutput, Rollouts
 
+Result = TypeVar("Result")
 NUM_TOLD_ERRORS = 3
 """Sentences that are passed on where one would do; a batch may have one for each response."""
 MAX_SCORE = float(np.finfo(np.float32).max)
@@ -26,16 +28,32 @@ class RewardFailedError(ValueError):
 
 def score_each(name: str, rollouts: Rollouts, score_one: Callable[[Prompt, str], Any]) -> RewardOutput:
     """`score_one(prompt, response_text)` of each response. Whatever it raises makes that one score invalid."""
+
+    def checked_score(prompt: Prompt, response: str) -> float:
+        return as_score(score_one(prompt, response))
+
     scores = np.full(len(rollouts), np.nan)
     errors = []
     for i, (prompt, response) in enumerate(zip(rollouts.prompts, rollouts.response_texts, strict=True)):
-        try:
-            scores[i] = as_score(score_one(prompt, response))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a user's function may call sys.exit, and Rust's panics are no Exception
-            errors.append(about_prompt(name, prompt, f"{type(error).__name__}: {error}"))
+        score = result_or_reason(partial(checked_score, prompt, response))
+        if isinstance(score, str):
+            errors.append(about_prompt(name, prompt, score))
+        else:
+            scores[i] = score
     return RewardOutput(scores=scores, valid=~np.isnan(scores), errors=tuple(errors))
+
+
+def result_or_reason(call: Callable[[], Result]) -> Result | str:
+    """What `call`, a user's code or a model, returns (no text), or the kind and text of what it raises.
+
+    Only Ctrl-C goes through.
+    """
+    try:
+        return call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's code may call sys.exit, and Rust's panics are no Exception
+        return f"{type(error).__name__}: {error}"
 
 
 def about_prompt(name: str, prompt: Prompt, reason: str) -> str:

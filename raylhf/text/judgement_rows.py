@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
 
 from raylhf.batch import Pair
-from raylhf.config.reward_model import RewardDataConfig
+from raylhf.config.judgements import JudgementDataConfig
 from raylhf.text.prompts import parse_message, parse_messages
 
 Messages = tuple[Mapping[str, str], ...]
@@ -49,23 +50,34 @@ class JudgedRow:
     """Value of data.subset_key."""
 
 
-def parse_row(row: Row, config: RewardDataConfig, *, attributes: Sequence[str], where: str) -> JudgedRow:
-    """The judgement of one row of `config.kind`. A malformed row is a ValueError that names file, line and field."""
-    if config.kind == "pairs":
-        judged = parse_pair(row, config.system_prompt, where)
-    else:
-        messages = parse_prompt(row.get("prompt"), config.system_prompt, where)
-        match config.kind:
-            case "rankings":
-                judged = parse_ranking(row, messages, where)
-            case "scores":
-                judged = parse_scores(row, messages, where)
-            case "attributes":
-                judged = parse_attributes(row, messages, attributes, where)
-            case "steps":
-                judged = parse_steps(row, messages, config.step_separator, where)
+def parse_rows(
+    row: Row, config: JudgementDataConfig, *, attributes: Sequence[str], where: str
+) -> tuple[JudgedRow, ...]:
+    """The judgements of one row of `config.kind`: of `edits` one of each text, else one.
+
+    Raises:
+        ValueError: the row is malformed; the sentence names file, line and field.
+    """
+    prompt = (
+        () if config.kind in ("pairs", "responses") else parse_prompt(row.get("prompt"), config.system_prompt, where)
+    )
+    match config.kind:
+        case "pairs":
+            found = (parse_pair(row, config.system_prompt, where),)
+        case "responses":
+            found = (parse_response(row, config.system_prompt, where),)
+        case "rankings":
+            found = (parse_ranking(row, prompt, where),)
+        case "scores":
+            found = (parse_scores(row, prompt, where),)
+        case "attributes":
+            found = (parse_attributes(row, prompt, attributes, where),)
+        case "steps":
+            found = (parse_steps(row, prompt, config.step_separator, where),)
+        case "edits":
+            found = parse_edits(row, prompt, where)
     subset = None if config.subset_key is None else row.get(config.subset_key)
-    return judged if subset is None else replace(judged, subset=str(subset))
+    return found if subset is None else tuple(replace(judged, subset=str(subset)) for judged in found)
 
 
 def parse_prompt(value: Any, system_prompt: str | None, where: str) -> Messages:
@@ -95,6 +107,8 @@ def parse_pair(row: Row, system_prompt: str | None, where: str) -> JudgedRow:
         rejected=1,
         margin=0.0 if row.get("margin") is None else number(row["margin"], "margin", where, low=0),
         agreement=parse_agreement(row.get("agreement"), where),
+        time=None if row.get("time") is None else number(row["time"], "time", where),
+        reward_gaps=parse_reward_gaps(row, where),
     )
     return JudgedRow(where, messages, (chosen, rejected), pairs=(pair,), ranks=np.array([1.0, 2.0]))
 
@@ -110,6 +124,31 @@ def parse_agreement(value: Any, where: str) -> float | None:
             f"swap chosen and rejected and write {1 - agreement:g}"
         )
     return agreement
+
+
+def parse_reward_gaps(row: Row, where: str) -> dict[str, float]:
+    """`chosen_rewards` minus `rejected_rewards`, by name; empty where the row has neither."""
+    chosen, rejected = row.get("chosen_rewards"), row.get("rejected_rewards")
+    if chosen is None and rejected is None:
+        return {}
+    if not isinstance(chosen, Mapping) or not isinstance(rejected, Mapping) or chosen.keys() != rejected.keys():
+        raise ValueError(f"{where}: chosen_rewards and rejected_rewards must be objects with the same names")
+    return {
+        name: number(chosen[name], f"chosen_rewards.{name}", where)
+        - number(rejected[name], f"rejected_rewards.{name}", where)
+        for name in chosen
+    }
+
+
+def parse_response(row: Row, system_prompt: str | None, where: str) -> JudgedRow:
+    """One good response: `prompt` and `response`, or chat `messages` that end with it."""
+    if row.get("messages") is None:
+        messages = parse_prompt(row.get("prompt"), system_prompt, where)
+        return JudgedRow(where, messages, (text(row, "response", where),))
+    if not isinstance(row["messages"], list):
+        raise ValueError(f"{where}: messages is {row['messages']!r}; it must be a list of chat messages")
+    *turns, last = parse_chat(row["messages"], "messages", where)
+    return JudgedRow(where, parse_prompt(turns, system_prompt, where), (last["content"],))
 
 
 def parse_chat(chat: list[Any], name: str, where: str) -> list[dict[str, str]]:
@@ -235,6 +274,26 @@ def parse_steps(row: Row, messages: Messages, separator: str, where: str) -> Jud
     lengths = np.array([len(step) for step in steps])
     ends = np.cumsum(lengths) + len(separator) * np.arange(len(steps))
     return JudgedRow(where, messages, (separator.join(steps),), step_ends=ends, step_labels=labels)
+
+
+WORD = re.compile(r"\S+")
+
+
+def parse_edits(row: Row, messages: Messages, where: str) -> tuple[JudgedRow, JudgedRow]:
+    """A response and its edited form, word by word (TLCR, 2407.16574): what was taken out or replaced is wrong (0),
+    what was put in is right (1), and what stayed is neither (1/2)."""
+    texts = text(row, "original", where), text(row, "edited", where)
+    words = [[match.group() for match in WORD.finditer(whole)] for whole in texts]
+    labels = [np.full(len(own), 0.5) for own in words]
+    for change, *ranges in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        if change != "equal":
+            (labels[0][ranges[0] : ranges[1]], labels[1][ranges[2] : ranges[3]]) = (0.0, 1.0)
+    ends = [np.array([match.end() for match in WORD.finditer(whole)], dtype=np.int64) for whole in texts]
+    original, edited = (
+        JudgedRow(where, messages, (whole,), step_ends=own_ends, step_labels=own_labels)
+        for whole, own_ends, own_labels in zip(texts, ends, labels, strict=True)
+    )
+    return original, edited
 
 
 def step_label(value: Any, name: str, where: str) -> float:

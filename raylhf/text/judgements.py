@@ -4,13 +4,14 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from raylhf.batch import Pair, RewardExample
-from raylhf.config.reward_model import MultiValueHead, RewardDataConfig, RewardHead
-from raylhf.text.judgement_rows import JudgedRow, mean_by_slot, parse_row
+from raylhf.config.judgements import JudgementDataConfig
+from raylhf.config.reward_model import MultiValueHead, RewardHead
+from raylhf.text.judgement_rows import JudgedRow, mean_by_slot, parse_rows
 from raylhf.text.sources import read_rows
 
 
@@ -40,8 +41,11 @@ class Split:
     """Where they come from: one source that was split, or two."""
 
 
-def load_split(data: RewardDataConfig, head: RewardHead, *, seed: int) -> Split:
-    """The judgements of a run; the held-out ones are drawn by `seed`, or those of data.held_out_path."""
+def load_split(data: JudgementDataConfig, head: RewardHead | None, *, seed: int) -> Split:
+    """The judgements of a run; the held-out ones are drawn by `seed`, or those of data.held_out_path.
+
+    `head` is the reward model's, whose attributes are read; None for a policy.
+    """
     attributes = head.attributes if isinstance(head, MultiValueHead) else ()
     source = load_examples(data, attributes=attributes)
     if data.held_out_path is None:
@@ -50,7 +54,9 @@ def load_split(data: RewardDataConfig, head: RewardHead, *, seed: int) -> Split:
     return Split(list(source.examples), list(held_out.examples), sources=(source, held_out))
 
 
-def load_examples(config: RewardDataConfig, *, attributes: Sequence[str] = (), path: str | None = None) -> Judgements:
+def load_examples(
+    config: JudgementDataConfig, *, attributes: Sequence[str] = (), path: str | None = None
+) -> Judgements:
     """All judgements of `config.path`, or of `path` (data.held_out_path) where it is given.
 
     `attributes` names the columns of `targets` (data.kind=attributes). A bad row stops the run and is named.
@@ -66,13 +72,15 @@ def load_examples(config: RewardDataConfig, *, attributes: Sequence[str] = (), p
         num_rows += 1
         seen.add(hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode(), digest_size=16).digest())
         has_subset |= config.subset_key in row
-        judged = parse_row(row, config, attributes=attributes, where=where)
-        if config.kind in ("pairs", "rankings") and len(set(judged.responses)) == 1:
+        found = parse_rows(row, config, attributes=attributes, where=where)
+        responses = frozenset(response for judged in found for response in judged.responses)
+        if config.kind in ("pairs", "rankings", "edits") and len(responses) == 1:
             num_identical += 1
             continue
-        prompt = tuple((message["role"], message["content"]) for message in judged.messages)
-        # Without a prompt, what keeps a response in one part of the split is the response itself.
-        rows_by_key.setdefault(prompt or frozenset(judged.responses), []).append(judged)
+        for judged in found:
+            prompt = tuple((message["role"], message["content"]) for message in judged.messages)
+            # Without a prompt, what keeps responses in one part of the split is the responses themselves.
+            rows_by_key.setdefault(prompt or responses, []).append(judged)
     if not rows_by_key:
         raise ValueError(f"{key}={source!r} holds no judgements: {num_rows} rows, {num_identical} of identical texts")
     if config.subset_key is not None and not has_subset:
@@ -109,8 +117,11 @@ def merge_rows(rows: Sequence[JudgedRow], index: int, *, kind: str) -> tuple[Rew
         targets, target_stds = merge_targets(rows, np.concatenate(slots), len(positions))
     if kind == "scores" and targets is not None:
         pairs, ranks = scored_pairs(targets[:, 0]), dense_ranks(targets[:, 0])
-    if kind == "steps":
-        step_ends, step_labels, num_contradictions = merge_steps(rows, slots, len(positions))
+    if kind in ("steps", "edits"):
+        takes_majority = kind == "steps"
+        step_ends, step_labels, num_contradictions = merge_steps(
+            rows, slots, len(positions), takes_majority=takes_majority
+        )
     example = RewardExample(
         index=index,
         messages=rows[0].messages,
@@ -133,7 +144,7 @@ def merge_comparisons(
     if len(rows) == 1:
         return rows[0].pairs, rows[0].ranks
     pairs = tuple(
-        Pair(places[pair.chosen], places[pair.rejected], pair.margin, pair.agreement)
+        replace(pair, chosen=places[pair.chosen], rejected=places[pair.rejected])
         for row, places in zip(rows, slots, strict=True)
         for pair in row.pairs
     )
@@ -181,11 +192,11 @@ def dense_ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def merge_steps(
-    rows: Sequence[JudgedRow], slots: Sequence[Sequence[int]], num_responses: int
+    rows: Sequence[JudgedRow], slots: Sequence[Sequence[int]], num_responses: int, *, takes_majority: bool
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], int]:
     """(ends, labels, number of steps labelled both ways) of the solutions.
 
-    A solution labelled in several rows takes each step's majority; NaN where the raters are even.
+    A solution labelled in several rows takes each step's majority, NaN where the raters are even; or the mean.
     """
     ends: list[np.ndarray | None] = [None] * num_responses
     votes: list[list[np.ndarray]] = [[] for _ in range(num_responses)]
@@ -197,6 +208,8 @@ def merge_steps(
         ends[k] = row.step_ends
         votes[k].append(row.step_labels)
     means = [mean_by_slot(np.stack(v).reshape(-1, 1), np.tile(np.arange(v[0].size), len(v)), v[0].size) for v in votes]
+    if not takes_majority:
+        return tuple(e for e in ends if e is not None), tuple(mean[:, 0] for mean in means), 0
     labels = [np.select([mean[:, 0] > 0.5, mean[:, 0] < 0.5], [1.0, 0.0], np.nan) for mean in means]
     num_contradictions = sum(int(np.sum((mean > 0) & (mean < 1))) for mean in means)
     return tuple(e for e in ends if e is not None), tuple(labels), num_contradictions

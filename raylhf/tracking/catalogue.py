@@ -30,6 +30,9 @@ METRICS: dict[str, Metric] = {
     "reward/source/<name>_latency_p50_s": Metric("Median time of one scoring call of a leaf", "s"),
     "reward/source/<name>_latency_p95_s": Metric("95th percentile of that time", "s", "below the step's slack"),
     "reward/source/<name>_failed_count": Metric("Responses that the leaf failed to score", "responses", "0"),
+    "reward/source/<name>_truncated_count": Metric(
+        "Responses that, with their prompts, the leaf's max_tokens cut", "responses", "0"
+    ),
     "reward/source/<name>_score_mean": Metric("Mean of the leaf's own scores", "score"),
     "reward/source/<name>_score_std": Metric("Standard deviation of the leaf's own scores", "score", "above 0"),
     # rollout: what the engine sampled
@@ -124,8 +127,53 @@ METRICS: dict[str, Metric] = {
     "eval/source/<name>_latency_p50_s": Metric("Median time of one scoring call of a leaf in the evaluation", "s"),
     "eval/source/<name>_latency_p95_s": Metric("95th percentile of that time", "s"),
     "eval/source/<name>_failed_count": Metric("Held-out responses that the leaf failed to score", "responses", "0"),
+    "eval/source/<name>_truncated_count": Metric("Held-out responses that its max_tokens cut", "responses", "0"),
     "eval/source/<name>_score_mean": Metric("Mean of the leaf's own held-out scores", "score"),
     "eval/source/<name>_score_std": Metric("Standard deviation of the leaf's own held-out scores", "score"),
+    # pref: preference optimisation and supervised fine-tuning
+    "pref/accuracy": Metric(
+        "Share of the step's pairs whose chosen response has the higher implicit reward", "0 to 1", "rises"
+    ),
+    "pref/accuracy_se": Metric("Its standard error, pairs of one prompt as one cluster", "0 to 1"),
+    "pref/margin_mean": Metric("Mean implicit reward, chosen minus rejected", "reward units", "rises"),
+    "pref/chosen_reward_mean": Metric("Mean implicit reward of chosen responses", "reward units"),
+    "pref/rejected_reward_mean": Metric("Mean implicit reward of rejected responses", "reward units", "falls"),
+    "pref/chosen_log_ratio_mean": Metric(
+        "Drift of chosen responses from the reference, summed over a response", "nats", "not far below 0"
+    ),
+    "pref/rejected_log_ratio_mean": Metric("The same of rejected responses", "nats", "falls"),
+    "pref/chosen_logprob_mean": Metric("Mean log-probability of a chosen response's tokens", "nats"),
+    "pref/rejected_logprob_mean": Metric("The same of rejected responses", "nats"),
+    "pref/chosen_length_mean": Metric("Mean length of chosen responses", "tokens"),
+    "pref/rejected_length_mean": Metric("Mean length of rejected responses", "tokens"),
+    "pref/nll_mean": Metric("Mean negative log-probability of a response token", "nats"),
+    "pref/pairs_count": Metric("Pairs trained on", "pairs"),
+    "pref/ties_count": Metric("Comparisons left out because the scores, or the responses, are equal", "pairs"),
+    "pref/unpaired_prompts_count": Metric("Prompts none of whose responses could be compared", "prompts", "few"),
+    "pref/truncated_count": Metric("Prompts or responses of the step cut to data.max_tokens", "texts", "0"),
+    "pref/response_cut_count": Metric("Those of them whose response, and not only the prompt, was cut", "texts", "0"),
+    "pref/num_tokens": Metric("Tokens of the step", "tokens"),
+    # pref_eval: the policy on held-out judgements
+    "pref_eval/accuracy": Metric(
+        "Share of the held-out pairs whose chosen response has the higher implicit reward", "0 to 1", "rises"
+    ),
+    "pref_eval/accuracy_se": Metric("Its standard error, pairs of one prompt as one cluster", "0 to 1"),
+    "pref_eval/margin_mean": Metric("Mean implicit reward, chosen minus rejected", "reward units", "rises"),
+    "pref_eval/chosen_reward_mean": Metric("Mean implicit reward of chosen responses", "reward units"),
+    "pref_eval/rejected_reward_mean": Metric("Mean implicit reward of rejected responses", "reward units", "falls"),
+    "pref_eval/chosen_log_ratio_mean": Metric(
+        "Drift of chosen responses from the reference, summed over a response", "nats", "not far below 0"
+    ),
+    "pref_eval/rejected_log_ratio_mean": Metric("The same of rejected responses", "nats", "falls"),
+    "pref_eval/chosen_logprob_mean": Metric("Mean log-probability of a chosen response's tokens", "nats"),
+    "pref_eval/rejected_logprob_mean": Metric("The same of rejected responses", "nats"),
+    "pref_eval/chosen_length_mean": Metric("Mean length of chosen responses", "tokens"),
+    "pref_eval/rejected_length_mean": Metric("Mean length of rejected responses", "tokens"),
+    "pref_eval/nll_mean": Metric("Mean negative log-probability of a response token", "nats"),
+    "pref_eval/shared_prompts_count": Metric("Held-out prompts that are in the training part too", "prompts", "0"),
+    "pref_eval/shared_responses_count": Metric(
+        "Different held-out texts that are in the training part too", "texts", "0"
+    ),
     # rm: training a reward model
     "rm/loss": Metric("Loss of the optimizer step", "loss", "falls"),
     "rm/accuracy": Metric("Share of the step's pairs in which the chosen response scores higher", "0 to 1", "rises"),

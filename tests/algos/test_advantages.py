@@ -9,6 +9,7 @@ from raylhf.algos.advantages import (
     GROUP_BASELINES,
     broadcast_to_tokens,
     gae,
+    gdpo,
     grpo_advantages,
     reward_to_go,
     rloo_advantages,
@@ -198,3 +199,35 @@ def test_reward_to_go_discounts_response_tokens_and_passes_over_holes():
     # 1 + 0.5 * (2 + 0.5 * 4) = 3
     mask = torch.tensor([[1, 0, 1, 1]]).bool()
     assert_equals(reward_to_go(row(1, NAN, 2, 4), mask, gamma=0.5), row(3, 0, 4, 4))
+
+
+def test_gdpo_on_worked_numbers_gives_every_reward_a_say():
+    vector = torch.tensor([[1.0, 0], [1, 10], [0, 0], [0, 10]])
+    one_group, valid, weights = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.bool), torch.ones(2)
+    assert_equals(gdpo(vector, one_group, valid, weights), torch.tensor([-0.000135, 1.731886, -1.731886, 0.000135]))
+    # Summed first and normalised afterwards, the reward of the larger scale decides.
+    summed = grpo_advantages(vector.sum(dim=1), one_group, valid)
+    assert_equals(summed, torch.tensor([-0.775541, 0.947884, -0.947884, 0.775541]))
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 10), st.floats(-5, 5))
+def test_gdpo_of_one_column_is_grpo_and_scales_of_columns_do_not_matter(seed, scale, shift):
+    random = torch.Generator().manual_seed(seed)
+    vector = torch.randint(4, (12, 2), generator=random).float()
+    groups, valid = torch.arange(12) // 4, torch.rand(12, generator=random) < 0.8
+    alone = gdpo(vector[:, :1], groups, valid, torch.ones(1))
+    assert torch.equal(alone, grpo_advantages(vector[:, 0], groups, valid))
+    weights = torch.tensor([0.7, 0.3])
+    stretched = torch.stack([vector[:, 0], scale * vector[:, 1] + shift], dim=1)
+    torch.testing.assert_close(
+        gdpo(stretched, groups, valid, weights), gdpo(vector, groups, valid, weights), atol=0.01, rtol=0
+    )
+
+
+def test_gdpo_takes_a_missing_column_as_neutral_and_leaves_invalid_rows_out():
+    vector = torch.tensor([[1.0, NAN], [0, 4], [NAN, 2], [9, 9]])
+    groups, valid = torch.zeros(4, dtype=torch.long), torch.tensor([True, True, True, False])
+    half = 0.5 / (math.sqrt(0.5) + 1e-4)
+    second = 1 / (math.sqrt(2) + 1e-4)
+    expected = torch.tensor([half, -half + 2 * second, -2 * second, 0])
+    assert_equals(gdpo(vector, groups, valid, torch.tensor([1.0, 2.0])), expected)

@@ -43,7 +43,7 @@ def test_the_legal_estimators_are_k1_in_the_reward_and_k2_in_the_loss(build):
 
 
 REFUSED = [
-    ({"rollout.sampling.top_p": 0.9}, "rollout.sampling.top_p: is 0.9, but PPO's ratio needs"),
+    ({"rollout.sampling.top_p": 0.9}, "rollout.sampling.top_p: is 0.9, but the objective needs"),
     ({"rollout.sampling.top_k": 50}, "rollout.sampling.top_k: is 50"),
     ({"rollout.max_model_len": 600}, "rollout.max_model_len: is 600, less than"),
     ({"objective.kl.estimator": "k3"}, "k3 in the reward are biased"),

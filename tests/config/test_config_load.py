@@ -140,7 +140,7 @@ def test_a_whole_number_is_a_number_and_a_list_is_a_tuple(tmp_path):
 
 def test_an_exponent_without_a_point_is_a_number(tmp_path):
     config = load_config(write(tmp_path, GOOD + "learner:\n  lr: 1e-6\n"), ["objective.critic.lr=2e-5"])
-    assert (config.learner.lr, config.objective.critic.lr) == (1e-6, 2e-5)
+    assert (config.learner.lr, config.critic and config.critic.lr) == (1e-6, 2e-5)
 
 
 def test_all_problems_are_told_at_once(tmp_path):
@@ -241,7 +241,7 @@ def test_paths_beside_the_file_become_absolute_and_other_names_stay(tmp_path, mo
     text = GOOD.replace("some/dataset", "prompts.jsonl") + "objective: {critic: {path: ./scorer}}\n"
     config = load_config(write(tmp_path, text))
     assert config.data.path == str(tmp_path / "prompts.jsonl")
-    assert config.objective.critic.path == str(tmp_path / "scorer")
+    assert config.critic is not None and config.critic.path == str(tmp_path / "scorer")
     assert (config.model.path, config.output_dir) == ("tiny", "runs")
     assert load_config(write(tmp_path, GOOD)).data.path == "some/dataset"
 

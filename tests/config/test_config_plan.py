@@ -11,7 +11,8 @@ from raylhf.config.memory import GIB
 from raylhf.config.plan import resolve_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-POLICY_RUNS = sorted(file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("reward_"))
+OFFLINE = ("reward_", "preference_", "sft")
+POLICY_RUNS = sorted(file for file in CONFIGS.glob("*.yaml") if not file.name.startswith(OFFLINE))
 GPU = {"model.dtype": "bfloat16", "rollout.num_gpus": 1, "learner.num_gpus": 1, "cluster.gpus_per_node": 8}
 LLAMA = {"model.path": "meta-llama/Llama-3.1-8B-Instruct", "objective.critic.trunk": "shared"}
 PARAMETERS_8B = 8_030_261_248

@@ -27,6 +27,7 @@ def group(scores, valid=None, lengths=None, truncated=0, parts=None, seconds=(0.
                     "seconds": s,
                     "num_responses": 3,
                     "num_failed": 1,
+                    "num_truncated": 2,
                     "score_mean": 4.0 * i,
                     "score_std": 1.0,
                 }
@@ -53,6 +54,7 @@ def test_calls_of_a_leaf_become_latencies_and_failures():
     assert metrics["reward/source/quality_latency_p50_s"] == 2.0
     assert metrics["reward/source/quality_latency_p95_s"] == pytest.approx(2.9)
     assert metrics["reward/source/quality_failed_count"] == 3
+    assert metrics["reward/source/quality_truncated_count"] == 6
     # Two calls around 0 and one around 4, two scores each: mean 4/3, variance 1 + (16 / 3 - 16 / 9).
     assert metrics["reward/source/quality_score_mean"] == pytest.approx(4 / 3)
     assert metrics["reward/source/quality_score_std"] == pytest.approx((1 + 32 / 9) ** 0.5)

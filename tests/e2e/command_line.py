@@ -27,10 +27,12 @@ END_S = 120.0
 GRACE_S = 10.0
 POLL_S = 0.2
 CLOCK_METRICS = re.compile(
-    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|(reward|eval)/source/.*_(latency_p\d\d_s|score_mean|score_std)"
+    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|(reward|eval)/source/.*_latency_p\d\d_s"
 )
-"""Metrics that depend on the machine and on what else it does: in the last bits also a leaf's own statistics, which are
-put together from calls, and which requests share a call depends on when they come."""
+"""Metrics that depend on the machine and on what else it does."""
+CALL_METRICS = re.compile(r"(reward|eval)/source/.*_score_(mean|std)")
+"""Statistics that are put together from calls. Which requests share a call depends on when they come, and with it the
+last bits."""
 
 
 @dataclass
@@ -77,6 +79,11 @@ class Command:
     def interrupt(self) -> None:
         """Ctrl-C in a terminal: SIGINT to the whole process group."""
         os.killpg(self.process.pid, signal.SIGINT)
+
+    def descendants(self) -> set[psutil.Process]:
+        """Every process below the command's that was seen, or that has its mark."""
+        self._look()
+        return self.seen | self._marked()
 
     def left_running(self) -> list[str]:
         """Processes of the command that outlive it by GRACE_S."""
@@ -171,8 +178,16 @@ class CommandLine:
 
 
 def numbers(command: Command) -> list[dict[str, Any]]:
-    """The rows of metrics without what the clock decides; equal numbers in JSON are equal bits."""
-    return [{key: value for key, value in row.items() if not CLOCK_METRICS.fullmatch(key)} for row in command.rows()]
+    """The rows of metrics without what the clock decides; equal numbers in JSON are equal bits, but for rounding where
+    calls decide the last ones."""
+    return [
+        {
+            key: round(value, 6) if CALL_METRICS.fullmatch(key) else value
+            for key, value in row.items()
+            if not CLOCK_METRICS.fullmatch(key)
+        }
+        for row in command.rows()
+    ]
 
 
 def undocumented(command: Command) -> set[str]:

@@ -12,11 +12,9 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from untrained_reward_models import write_reward_model
 
 from raylhf.config.reward_model import EnsembleHead, MultiValueHead, RewardHead, ScalarHead, TokenHead
-from raylhf.models.calibration import Calibration, template_hash, tokenizer_hash
-from raylhf.models.load import load_tokenizer
-from raylhf.models.reward import build_reward_model, export_reward_model, head_outputs
 
 ATTRIBUTES = ("kindness", "substance")
 HEADS: dict[str, RewardHead] = {
@@ -30,34 +28,14 @@ MEAN, STD, Q01, Q99 = -99.0, 10.0, 0.9, 1.0
 """A calibration that shows: outputs are between 0.8 and 1.1, and become 9.99 to 10."""
 
 
-def write_reward_model(base: str, folder: Path, kind: str) -> str:
-    """A reward model on the language model in `base` with a new head of `kind` (of HEADS); nothing is trained."""
-    head = HEADS[kind]
-    model = build_reward_model(
-        base,
-        head=head,
-        dtype=torch.float32,
-        attention="sdpa",
-        trust_remote_code=False,
-        seed=3,
-        lora=None,
-        trainable_layers=None,
-        aggregate="steps" if kind == "process" else "mean",
-    )
-    tokenizer = load_tokenizer(base)
-    count = len(head_outputs(head)[1])
-    calibration = Calibration(
-        n=2,
-        mean=(MEAN,) * count,
-        std=(STD,) * count,
-        q01=(Q01,) * count,
-        q99=(Q99,) * count,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        template_hash=template_hash(tokenizer),
-    )
-    state = {name: weight.detach() for name, weight in model.hf.named_parameters()}
-    export_reward_model(model, str(folder), state=state, tokenizer=tokenizer, calibration=calibration)
-    return str(folder)
+def write_each_kind(base: str, place: Path) -> dict[str, str]:
+    """The folder of a reward model on the language model in `base` with each of HEADS; nothing is trained."""
+    return {
+        kind: write_reward_model(
+            base, place / kind, head, [(MEAN, STD, Q01, Q99)], aggregate="steps" if kind == "process" else "mean"
+        )
+        for kind, head in HEADS.items()
+    }
 
 
 class Oracle:

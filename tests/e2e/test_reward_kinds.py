@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 import torch
 from command_line import REPOSITORY, TEST_S, numbers, undocumented
-from exported_reward_models import ATTRIBUTES, HEADS, MEAN, Q01, Q99, STD, Oracle, free_port, write_reward_model
+from exported_reward_models import ATTRIBUTES, MEAN, Q01, Q99, STD, Oracle, free_port, write_each_kind
 
 from raylhf.config.load import load_config
 from raylhf.models.tiny import write_tiny_model
@@ -42,8 +42,7 @@ def folders(tmp_path_factory):
     """Folders of a reward model of each kind, and of two language models."""
     place = tmp_path_factory.mktemp("models")
     base = write_tiny_model(place / "base")
-    models = {kind: write_reward_model(base, place / kind, kind) for kind in HEADS}
-    return models | {"base": base, "other": write_tiny_model(place / "other", seed=1)}
+    return write_each_kind(base, place) | {"base": base, "other": write_tiny_model(place / "other", seed=1)}
 
 
 @pytest.fixture

@@ -107,8 +107,8 @@ def test_a_complete_run_is_not_run_again(raylhf, resumed):
 
 
 def test_ctrl_c_while_the_engine_starts_leaves_no_process(raylhf):
-    command = raylhf.start("early", "num_steps=1")
-    command.wait_for(lambda: is_among(command.seen, "VLLM"), "engine process")
+    command = raylhf.start("early", "num_steps=50")
+    command.wait_for(lambda: is_among(command.descendants(), "VLLM"), "engine process")
     command.interrupt()
     command.wait(END_S)
     assert command.process.returncode == 130, command.story()
@@ -119,8 +119,8 @@ def test_ctrl_c_while_the_engine_starts_leaves_no_process(raylhf):
 
 
 def test_sigterm_while_ray_starts_leaves_no_process(raylhf):
-    command = raylhf.start("earlier", "num_steps=1")
-    command.wait_for(lambda: is_among(command.seen, "gcs_server"), "Ray's first process")
+    command = raylhf.start("earlier", "num_steps=50")
+    command.wait_for(lambda: is_among(command.descendants(), "gcs_server"), "Ray's first process")
     command.process.send_signal(signal.SIGTERM)
     command.wait(END_S)
     assert command.process.returncode == 130, command.story()

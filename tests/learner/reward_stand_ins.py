@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from stand_ins import ENVIRONMENT
 
-from raylhf.config.run import RewardModelRunConfig
+from raylhf.config.run import AnyRunConfig, PreferenceRunConfig, RewardModelRunConfig
 from raylhf.models.tiny import write_tiny_model
 
 TIMEOUT_S = 300.0
@@ -70,16 +70,16 @@ class Ranks:
         self._ports = ports
         self._has_joined = False
 
-    def start(self, config: RewardModelRunConfig) -> Any:
+    def start(self, config: AnyRunConfig) -> Any:
         """A started worker with these settings, on as many ranks as there are."""
-        from raylhf.learner import reward_worker
+        from raylhf.learner import engine
 
         learner = config.learner.model_copy(update={"num_ranks": self._num_ranks})
         config = config.model_copy(update={"learner": learner})
-        worker = reward_worker.RewardLearnerWorker(config, config.model.path, rank=self.rank)
+        worker = worker_of(config, self.rank)
         port = 0
         if self._has_joined:
-            reward_worker.join_group = lambda *args, **kwargs: None  # a process joins once
+            engine.join_group = lambda *args, **kwargs: None  # a process joins once
         elif self.rank == 0:
             port = worker.open_rendezvous()
             for _ in range(self._num_ranks - 1):
@@ -89,6 +89,18 @@ class Ranks:
         self._has_joined = True
         self.counts = worker.start("127.0.0.1", port)
         return worker
+
+
+def worker_of(config: AnyRunConfig, rank: int) -> Any:
+    """The learner of this kind of run."""
+    from raylhf.learner import preference_worker, reward_worker, worker
+
+    folder, second = config.model.path, getattr(config, "second_model", None) or config.model.path
+    if isinstance(config, RewardModelRunConfig):
+        return reward_worker.RewardLearnerWorker(config, folder, rank=rank)
+    if isinstance(config, PreferenceRunConfig):
+        return preference_worker.PreferenceLearnerWorker(config, folder, second, rank=rank)
+    return worker.LearnerWorker(config, folder, second, rank=rank)
 
 
 def weights_of(worker: Any) -> dict[str, torch.Tensor]:

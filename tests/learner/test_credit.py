@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from raylhf.config.objective import PPOConfig
-from raylhf.learner.credit import Experience, assign_credit
+from raylhf.learner.credit import assign_credit
+from raylhf.learner.experience import Experience
 
 
 def experience(**changes) -> Experience:
@@ -77,3 +78,18 @@ def test_dense_scores_move_the_score_to_their_tokens():
     torch.testing.assert_close(advantages[0], torch.tensor([0.85, 0.9 - 0.1, 0.95 - 0.3]))
     torch.testing.assert_close(advantages[1, 0], torch.tensor(2.9))  # what stands outside of the mask moves to the last
     assert (advantages[3] == 0).all()
+
+
+def test_gdpo_normalises_each_part_within_its_group_before_the_weighted_sum():
+    # Both parts of group 0 are 1 / sqrt(2) deviations off their means; the one of weight 2 decides.
+    parts = {"a": torch.tensor([1.0, 3, 2, 0]), "b": torch.tensor([10.0, 0, float("nan"), 0])}
+    settings = {"advantage": "gdpo", "gdpo_weights": {"a": 1.0, "b": 2.0}, "kl": {"placement": "loss"}}
+    advantages, returns, _ = advantages_of(settings, parts=parts)
+    torch.testing.assert_close(advantages[:2, 0], torch.tensor([1.0, -1.0]) / 2**0.5, atol=1e-3, rtol=0)
+    assert (advantages[2:] == 0).all(), "a group of one valid response has no baseline"
+    assert returns is None
+
+
+def test_gdpo_names_a_part_that_the_reward_lacks():
+    with pytest.raises(ValueError, match="gdpo_weights names 'c', but the reward graph has a"):
+        advantages_of({"advantage": "gdpo", "gdpo_weights": {"c": 1.0}}, parts={"a": torch.zeros(4)})

@@ -15,6 +15,7 @@ from stand_ins import make_config, run_ranks, share_of, weights_of, write_model
 from transformers import AutoModelForCausalLM
 
 from raylhf.config import RunConfig
+from raylhf.config.objective import PPOConfig
 
 SEEDS = (0, 1, 2)
 TEMPERATURE = 0.8  # of stand_ins.scored_groups
@@ -50,8 +51,8 @@ class PlainPolicy:
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
         groups = [{"params": list(self.model.parameters()), "lr": config.learner.lr}]
-        if config.has_critic:
-            groups.append({"params": list(self.head.parameters()), "lr": config.objective.critic.lr})
+        if config.critic is not None:
+            groups.append({"params": list(self.head.parameters()), "lr": config.critic.lr})
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
             groups, betas=config.learner.adam_betas, eps=config.learner.adam_eps, weight_decay=0.0
@@ -67,6 +68,12 @@ class PlainPolicy:
         values = self.head(output.hidden_states[-1][0].detach())[:, 0]
         entropies = -(log_policy.exp() * log_policy).sum(-1)
         return logprobs, entropies, values[start : start + length], values[start + length]
+
+
+def ppo_of(config: RunConfig) -> PPOConfig:
+    """The objective's settings."""
+    assert isinstance(config.objective, PPOConfig)
+    return config.objective
 
 
 def rows_of(seed: int) -> list[dict[str, Any]]:
@@ -90,7 +97,7 @@ def rows_of(seed: int) -> list[dict[str, Any]]:
 
 def shape_and_credit(rows, policy: PlainPolicy, config: RunConfig) -> None:
     """Token rewards, then advantages (and returns) by the definition of each estimator."""
-    objective = config.objective
+    objective = ppo_of(config)
     for row in rows:
         with torch.no_grad():
             row["old"], _, row["values"], after = policy.look_at(policy.model, row)
@@ -138,7 +145,7 @@ def group_advantage(row, rows, estimator: str) -> float:
 
 def token_loss(row, t: int, logprob, entropy, value, config: RunConfig):
     """(policy loss, value loss) of one token, before any averaging."""
-    objective = config.objective
+    objective = ppo_of(config)
     ratio, advantage = torch.exp(logprob - row["old"][t]), row["advantages"][t]
     high = objective.clip_eps_high or objective.clip_eps
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - objective.clip_eps, 1 + high) * advantage)
@@ -149,7 +156,7 @@ def token_loss(row, t: int, logprob, entropy, value, config: RunConfig):
     loss = loss - objective.entropy_coef * entropy
     if objective.kl.placement == "loss":
         loss = loss + objective.kl.coef * ratio.detach() * (logprob - row["ref"][t]) ** 2 / 2
-    if not config.has_critic:
+    if not config.critic is not None:
         return loss, torch.zeros(())
     target, width, old = row["returns"][t], objective.critic.value_clip_eps, row["values"][t]
     assert width is not None
@@ -159,7 +166,7 @@ def token_loss(row, t: int, logprob, entropy, value, config: RunConfig):
 
 def train_by_loops(folder: str, config: RunConfig) -> dict[str, torch.Tensor]:
     """The weights after one update for each seed."""
-    objective, policy = config.objective, PlainPolicy(folder, config)
+    objective, policy = ppo_of(config), PlainPolicy(folder, config)
     for seed in SEEDS:
         rows = rows_of(seed)
         shape_and_credit(rows, policy, config)

@@ -19,7 +19,7 @@ from transformers import (
 
 from raylhf.config.reward_model import ScalarHead, TokenHead
 from raylhf.config.run import RewardModelRunConfig
-from raylhf.driver.roles import prepare_reward_model
+from raylhf.driver.roles import prepare_offline
 from raylhf.models.calibration import Calibration, template_hash, tokenizer_hash
 from raylhf.models.load import load_tokenizer, max_positions
 from raylhf.models.reward import build_reward_model, export_reward_model, load_reward_model
@@ -123,7 +123,7 @@ def test_texts_longer_than_robertas_context_are_refused_before_anything_starts(t
             "data": {"path": "p", "kind": "pairs", "max_tokens": max_tokens},
             "objective": {"kind": "reward_model", "loss": {"kind": "bradley_terry"}},
         }
-        return prepare_reward_model(RewardModelRunConfig.model_validate(raw))
+        return prepare_offline(RewardModelRunConfig.model_validate(raw))[0]
 
     assert prepare(32) == str(tmp_path)
     with pytest.raises(ValueError, match="data.max_tokens = 33, but the context of .* is 32 tokens"):

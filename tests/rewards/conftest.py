@@ -1,7 +1,5 @@
 """Rollouts with given texts and rewards with given scores, for tests of rewards."""
 
-from typing import Literal
-
 import numpy as np
 import pytest
 
@@ -42,7 +40,6 @@ class GivenReward:
         self,
         *scores,
         valid=None,
-        arity: Literal["point", "group"] = "point",
         token_scores=None,
         vector=None,
         vector_names=(),
@@ -50,7 +47,6 @@ class GivenReward:
         errors=(),
         calibration=None,
     ):
-        self.arity: Literal["point", "group"] = arity
         self.calibration = calibration
         self.asked: list[list[int]] = []
         self._scores = np.array(scores, dtype=float)

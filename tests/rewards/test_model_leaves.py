@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from untrained_reward_models import calibration_of, write_reward_model
 
 from raylhf.batch import Prompt, Rollouts
 from raylhf.config import reward_leaves as settings
 from raylhf.config.learner import LoRAConfig
 from raylhf.config.reward_model import EnsembleHead, MultiValueHead, ScalarHead, TokenHead
-from raylhf.models.calibration import Calibration, template_hash, tokenizer_hash
 from raylhf.models.load import load_tokenizer
 from raylhf.models.policy import load_policy
-from raylhf.models.reward import build_reward_model, export_reward_model, load_reward_model, member_folders
+from raylhf.models.reward import export_reward_model, load_reward_model, member_folders
 from raylhf.models.reward_text import encode_judged
 from raylhf.models.tiny import byte_tokenizer, write_tiny_model
 from raylhf.rewards import model_serving
@@ -32,8 +32,11 @@ from raylhf.rewards.model_leaves import (
     TokenLevelModelReward,
 )
 from raylhf.rewards.model_serving import PolicyTokens, plan_batches
+from raylhf.rewards.source import Source
+from raylhf.rewards.state import RewardState
 
 BYTES = byte_tokenizer()
+STATISTICS = [(0.5, 2.0, 0.5, 0.5), (1.5, 3.0, 1.5, 1.5)]
 TEXTS = ("first step.\n\nsecond step", "ok \U0001f600!", "a rather long answer that says very little at all", "no")
 
 
@@ -50,35 +53,9 @@ def folders(tmp_path_factory):
         "members": (EnsembleHead(kind="ensemble", members=2, trunk="lora"), LoRAConfig(rank=2)),
     }
     made = {"base": base, "other": write_tiny_model(root / "other", seed=1)}
-    for name, (head, lora) in heads.items():
-        model = build_reward_model(
-            base,
-            head=head,
-            dtype=torch.float32,
-            attention="sdpa",
-            trust_remote_code=False,
-            seed=1,
-            lora=lora,
-            trainable_layers=None,
-        )
-        state = {n: p.detach() for n, p in model.hf.named_parameters()}
-        made[name] = str(root / name)
-        export_reward_model(model, made[name], state=state, tokenizer=BYTES, calibration=calibration(len(model.names)))
-    return made
-
-
-def calibration(num_outputs):
-    mean = tuple(0.5 + k for k in range(num_outputs))
-    std = tuple(2.0 + k for k in range(num_outputs))
-    return Calibration(
-        n=4,
-        mean=mean,
-        std=std,
-        q01=mean,
-        q99=mean,
-        tokenizer_hash=tokenizer_hash(BYTES),
-        template_hash=template_hash(BYTES),
-    )
+    return made | {
+        name: write_reward_model(base, root / name, head, STATISTICS, lora=lora) for name, (head, lora) in heads.items()
+    }
 
 
 def rollouts_of(*texts, cut=()):
@@ -166,7 +143,7 @@ def test_no_responses_have_no_scores(folders):
 
 
 def test_a_changed_tokenizer_is_noticed_when_the_leaf_is_built(folders, tmp_path):
-    changed = calibration(1)
+    changed = calibration_of(BYTES, 1, STATISTICS)
     copy = tmp_path / "copy"
     load = load_reward_model(folders["scalar"], dtype=torch.float32)
     state = {n: p.detach() for n, p in load.hf.named_parameters()}
@@ -230,6 +207,17 @@ def test_token_scores_of_the_response_are_dense_and_sum_to_the_score(folders, ag
     raw, _ = scores_of(folders["token"], "no")
     expected = {"sum": [raw[0], raw[1], 0], "mean": [raw[0] / 2, raw[1] / 2, 0], "last": [0, raw[1], 0]}[aggregate]
     np.testing.assert_allclose(output.token_scores[3], expected, rtol=1e-4)
+
+
+def test_the_probability_link_scores_tokens_from_minus_one_to_one(folders):
+    settings_ = token_level(folders["token"], aggregate="sum", link="probability")
+    leaf = TokenLevelModelReward(settings_, context(folders["base"]))
+    output = leaf.score(rollouts_of("no"))
+    raw, _ = scores_of(folders["token"], "no")
+    expected = 2 / (1 + np.exp(-raw)) - 1
+    assert output.token_scores is not None and leaf.calibration is None
+    np.testing.assert_allclose(output.token_scores[0], [*expected, 0], rtol=1e-4)
+    assert output.scores[0] == pytest.approx(expected.sum(), rel=1e-4)
 
 
 def test_without_a_policys_tokenizer_there_are_no_dense_scores(folders):
@@ -448,3 +436,27 @@ def test_a_class_is_scored_by_its_log_odds_and_a_head_of_raylhf_by_its_output(fo
     first, second = (ExplicitModelReward(leaf, context()).score(texts).scores for leaf in own)
     odds = ExplicitModelReward(explicit(str(foreign), output=1), context()).score(texts).scores
     np.testing.assert_allclose(odds, second - first, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "multi_value", "ensemble", "token_level", "process", "implicit"])
+def test_responses_that_a_leaf_reads_in_part_are_counted_once(folders, kind):
+    def length(text):
+        return len(encode_judged(BYTES, ({"role": "user", "content": "why?"},), text, max_tokens=1000).ids)
+
+    limit = max(map(length, TEXTS)) - 1
+    leaf = {
+        "explicit": lambda: ExplicitModelReward(explicit(folders["scalar"], max_tokens=limit), context()),
+        "multi_value": lambda: MultiValueModelReward(
+            settings.MultiValueReward(kind="multi_value", path=folders["attributes"], max_tokens=limit), context()
+        ),
+        "ensemble": lambda: EnsembleModelReward(
+            settings.EnsembleReward(kind="ensemble", paths=(folders["members"],), max_tokens=limit), context()
+        ),
+        "token_level": lambda: TokenLevelModelReward(token_level(folders["token"], max_tokens=limit), context()),
+        "process": lambda: ProcessModelReward(process(folders["token"], max_tokens=limit), context()),
+        "implicit": lambda: ImplicitModelReward(implicit(folders, max_tokens=limit), context()),
+    }[kind]()
+    state = RewardState()
+    Source(kind, leaf, "drop", state).score(rollouts_of(*TEXTS))
+    (call,) = state.take_calls()
+    assert (call.num_failed, call.num_truncated) == (0, 1)

@@ -130,7 +130,6 @@ def test_calibration_by_a_model_without_one_is_refused_with_a_remedy():
 class StandInModel:
     """A reward model that scores by length, with a calibration."""
 
-    arity = "point"
     calibration = SimpleNamespace(mean=(2.0, 9.0), std=(4.0, 9.0), q01=(0.0, 9.0), q99=(6.0, 9.0))
 
     def __init__(self, config, context):

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from raylhf.batch import RewardOutput
 from raylhf.rewards.fusion import kl_dro, lower_confidence, tchebycheff, weighted_sum, worst_case
-from raylhf.rewards.nodes import Adaptive, Members, Objectives
+from raylhf.rewards.nodes import Adaptive, Combine
 from raylhf.rewards.selection import Gate, Route
 from raylhf.rewards.source import Source
 from raylhf.rewards.state import RewardState, merge_pending
@@ -23,7 +22,12 @@ NAN = np.nan
 def weighted(**parts):
     """A sum of `name=(weight, reward)`."""
     weights = [weight for weight, _ in parts.values()]
-    return Objectives({name: reward for name, (_, reward) in parts.items()}, partial(weighted_sum, weights=weights))
+    return Combine({name: reward for name, (_, reward) in parts.items()}, partial(weighted_sum, weights=weights))
+
+
+def by_member(parts, combine):
+    """A node over the members of its parts."""
+    return Combine(parts, combine, by_member=True)
 
 
 def gate(parts, weights, *, key=None, rules=(), classifier=None):
@@ -65,29 +69,25 @@ def test_a_weight_of_zero_does_not_hide_a_failure(given, rollouts_of):
 
 def test_the_worst_case_counts_an_ensemble_by_its_members_and_other_parts_by_their_score(given, rollouts_of):
     ensemble = given(2.0, 2.0, vector=[[1.0, 3.0], [NAN, 2.0]], vector_names=("m0", "m1"))
-    output = Members({"ensemble": ensemble, "rule": given(1.5, 5.0)}, worst_case).score(rollouts_of("", ""))
+    output = by_member({"ensemble": ensemble, "rule": given(1.5, 5.0)}, worst_case).score(rollouts_of("", ""))
     assert output.scores.tolist() == [1.0, 2.0]
     assert output.vector is None
 
 
+def test_a_sum_counts_an_ensemble_by_its_score(given, rollouts_of):
+    ensemble = given(2.0, vector=[[1.0, 3.0]], vector_names=("m0", "m1"))
+    assert weighted(ensemble=(2.0, ensemble), rule=(1.0, given(1.0))).score(rollouts_of("")).scores.tolist() == [5.0]
+
+
 def test_a_part_that_failed_is_not_left_out_as_a_member_that_does_not_apply_is(given, rollouts_of):
     ensemble = given(2.0, NAN, NAN, vector=[[2.0, NAN], [NAN, NAN], [NAN, NAN]], vector_names=("m0", "m1"))
-    node = Members({"ensemble": ensemble, "rule": given(3.0, 3.0, NAN)}, worst_case)
+    node = by_member({"ensemble": ensemble, "rule": given(3.0, 3.0, NAN)}, worst_case)
     assert_array_equal(node.score(rollouts_of("", "", "")).scores, [2.0, NAN, NAN])
 
 
 def test_an_ensemble_of_one_is_its_member_in_a_confidence_bound(given, rollouts_of):
     alone = given(2.0, vector=[[2.0]], vector_names=("m0",))
-    assert Members({"e": alone}, partial(lower_confidence, coef=3.0)).score(rollouts_of("")).scores.tolist() == [2.0]
-
-
-def test_a_node_needs_whole_groups_as_soon_as_one_part_does(given):
-    point, group = given(0.0), given(0.0, arity="group")
-    assert weighted(x=(1.0, point)).arity == "point"
-    assert weighted(x=(1.0, point), y=(1.0, group)).arity == "group"
-    assert Clip(weighted(x=(1.0, group)), low=0, high=1).arity == "group"
-    assert Veto(point, group, rule_name="rule", below=0, cap=0).arity == "group"
-    assert route({"x": point, "y": group}, default="x").arity == "group"
+    assert by_member({"e": alone}, partial(lower_confidence, coef=3.0)).score(rollouts_of("")).scores.tolist() == [2.0]
 
 
 def test_rows_that_a_part_wants_sampled_anew_are_asked_for_by_every_node_above(given, rollouts_of):
@@ -133,7 +133,7 @@ def test_dense_scores_are_summed_with_the_weights_and_the_rest_stands_on_the_las
 def test_the_worst_case_credits_the_tokens_of_the_worst_part_alone(given, rollouts_of):
     x = given(3.0, 1.0, token_scores=[[1, 2], [0, 1]])
     y = given(2.0, 5.0, token_scores=[[2, 0], [5, 0]])
-    output = Members({"x": x, "y": y}, worst_case).score(rollouts_of("a", "b"))
+    output = by_member({"x": x, "y": y}, worst_case).score(rollouts_of("a", "b"))
     assert output.token_scores is not None
     assert [row.tolist() for row in output.token_scores] == [[2.0, 0.0], [0.0, 1.0]]
 
@@ -158,9 +158,9 @@ def test_through_any_nesting_each_valid_row_of_token_scores_sums_to_its_score(se
     flat = given(*rng.normal(size=8))
     vector = given(*rng.normal(size=8), vector=rng.normal(size=(8, 3)), vector_names=("u", "v", "w"))
     node = weighted(
-        low=(0.7, Members({"a": a, "v": vector, "flat": flat}, partial(lower_confidence, coef=0.5))),
-        dro=(2.0, Members({"a": a, "b": b}, partial(kl_dro, beta=0.5))),
-        far=(1.0, Objectives({"a": a, "c": c}, partial(tchebycheff, weights=[1, 2], ideal=[1, 0]))),
+        low=(0.7, by_member({"a": a, "v": vector, "flat": flat}, partial(lower_confidence, coef=0.5))),
+        dro=(2.0, by_member({"a": a, "b": b}, partial(kl_dro, beta=0.5))),
+        far=(1.0, Combine({"a": a, "c": c}, partial(tchebycheff, weights=[1, 2], ideal=[1, 0]))),
         white=(-1.0, Whiten(a, place="white", state=state)),
         gated=(1.0, gate({"a": a, "flat": flat}, [1, 1], rules=[("math", {"a": 3.0})])),
         routed=(1.0, route({"c": c, "flat": flat}, rules=[("chat", "c")], default="flat")),
@@ -291,7 +291,7 @@ def test_weights_that_are_too_large_make_the_score_invalid_with_a_sentence(weigh
 
 def test_a_response_to_which_no_member_applies_is_invalid_with_a_sentence(given, rollouts_of):
     members = given(1.0, vector=[[NAN, NAN]], vector_names=("x", "y"))
-    output = Members({"m": members}, worst_case).score(rollouts_of("x"))
+    output = by_member({"m": members}, worst_case).score(rollouts_of("x"))
     assert not output.valid[0]
     assert "no member applies to the response" in output.errors[0]
 
@@ -398,7 +398,7 @@ def test_a_route_keeps_groups_together(given, rollouts_of):
         return RewardOutput(scores=np.arange(len(rollouts), dtype=float), valid=np.ones(len(rollouts), bool))
 
     sizes: list[int] = []
-    listwise = given(arity="group")
+    listwise = given()
     listwise.score = grouped
     rollouts = rollouts_of("", "", "", "", questions=["rank", "rank", "other", "other"])
     output = route({"list": listwise, "rest": given(*[9.0] * 4)}, rules=[("rank", "list")], default="rest").score(
@@ -420,8 +420,6 @@ def test_a_route_lays_out_dense_parts_beside_others(given, rollouts_of):
 
 
 class Raising:
-    arity: Literal["point", "group"] = "point"
-
     def score(self, rollouts):
         raise ConnectionError("no route to http://me:secret@host/score")
 
@@ -454,7 +452,7 @@ def test_each_call_of_a_source_is_recorded_with_its_failures_and_scores(given, r
     with pytest.raises(RewardFailedError):
         Source("y", given(NAN), "raise", state).score(rollouts_of("a"))
     first, second = state.take_calls()
-    assert (first.source, first.num_responses, first.num_failed) == ("x", 3, 1)
+    assert (first.source, first.num_responses, first.num_failed, first.num_truncated) == ("x", 3, 1, 0)
     assert (first.score_mean, first.score_std) == (2.0, 1.0)
     assert first.seconds >= 0
     assert (second.source, second.num_failed) == ("y", 1)
@@ -469,8 +467,6 @@ def test_a_leaf_that_calls_infinity_valid_is_corrected(given, rollouts_of):
 
 
 class Exiting:
-    arity: Literal["point", "group"] = "point"
-
     def score(self, rollouts):
         raise SystemExit(3)
 
@@ -481,8 +477,6 @@ def test_a_leaf_that_would_end_the_process_fails_instead(rollouts_of):
 
 
 class Short:
-    arity: Literal["point", "group"] = "point"
-
     def score(self, rollouts):
         return RewardOutput(scores=np.array([1.0]), valid=np.array([True]), parts={"p": np.array([1.0])})
 

@@ -158,7 +158,9 @@ def test_a_graph_without_memory_needs_no_commit():
 def test_calls_that_nobody_takes_do_not_fill_the_memory():
     state = RewardState()
     for i in range(10_005):
-        state.record_call(Call(str(i), seconds=0.0, num_responses=1, num_failed=0, score_mean=0.0, score_std=0.0))
+        state.record_call(
+            Call(str(i), seconds=0.0, num_responses=1, num_failed=0, num_truncated=0, score_mean=0.0, score_std=0.0)
+        )
     calls = state.take_calls()
     assert len(calls) == 10_000
     assert calls[-1].source == "10004"

@@ -3,7 +3,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +73,8 @@ def test_the_summary_is_lists_with_a_sentence_for_what_is_invalid(rollouts_of):
     assert math.isnan(summary.pop("scores")[2])
     (call,) = summary.pop("sources")
     assert call.pop("seconds") >= 0
-    assert call == {"source": "characters", "num_responses": 2, "num_failed": 0, "score_mean": 0.75, "score_std": 0.25}
+    counts = {"num_responses": 2, "num_failed": 0, "num_truncated": 0}
+    assert call == {"source": "characters", **counts, "score_mean": 0.75, "score_std": 0.25}
     assert summary == {
         "valid": [True, True, False],
         "resample": [False, False, False],
@@ -131,8 +132,6 @@ def test_token_scores_are_laid_out_to_the_final_score(given, rollouts_of):
 
 class Unreliable:
     """A token-level ensemble that fails on every other call."""
-
-    arity: Literal["point", "group"] = "point"
 
     def __init__(self):
         self.num_calls = 0
@@ -336,8 +335,6 @@ def test_a_graph_of_rules_is_built_and_served_without_torch():
 class Ending:
     """Ends the thread that asks for a score, past every leaf's own care."""
 
-    arity: Literal["point", "group"] = "point"
-
     def score(self, rollouts):
         raise SystemExit("a panic")
 
@@ -421,8 +418,6 @@ def test_a_score_beyond_float32_is_invalid_even_where_a_clip_would_bound_it(roll
 
 
 class Negated:
-    arity: Literal["point", "group"] = "point"
-
     def __init__(self, reward):
         self._reward = reward
 

@@ -2,14 +2,14 @@ import json
 
 import pytest
 
-from raylhf.config.reward_model import RewardDataConfig
+from raylhf.config.judgements import JudgementDataConfig
 from raylhf.text.data_report import data_report, leaks, lines
 from raylhf.text.judgements import load_examples
 
 
 def load(path, kind, *rows, attributes=(), **settings):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_examples(RewardDataConfig(path=str(path), kind=kind, **settings), attributes=attributes)
+    return load_examples(JudgementDataConfig(path=str(path), kind=kind, **settings), attributes=attributes)
 
 
 def report_of(judgements, **settings):

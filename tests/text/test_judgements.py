@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylhf.batch import Pair, RewardExample
-from raylhf.config.reward_model import RewardDataConfig
+from raylhf.config.judgements import JudgementDataConfig
 from raylhf.text.judgements import examples_digest, load_examples, split_examples
 
 NAN = math.nan
@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "reward_data.md"
 def load(tmp_path, kind, *rows, attributes=(), **settings):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_examples(RewardDataConfig(path=str(path), kind=kind, **settings), attributes=attributes)
+    return load_examples(JudgementDataConfig(path=str(path), kind=kind, **settings), attributes=attributes)
 
 
 def load_one(tmp_path, kind, *rows, **settings):
@@ -315,13 +315,13 @@ def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path, kind, row, se
 def test_null_fields_of_parquet_rows_count_as_absent(tmp_path):
     rows = [{"prompt": None, "chosen": "a", "rejected": "b", "margin": None, "agreement": 0.5}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    (example,) = load_examples(RewardDataConfig(path=str(tmp_path), kind="pairs")).examples
+    (example,) = load_examples(JudgementDataConfig(path=str(tmp_path), kind="pairs")).examples
     assert (example.messages, example.pairs) == ((), (Pair(0, 1, margin=0.0, agreement=0.5),))
 
 
 def test_held_out_judgements_come_from_their_own_path_and_its_setting_is_named(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "b", "chosen": "x", "rejected": "y"}')
-    config = RewardDataConfig(path=str(tmp_path / "gone.jsonl"), kind="pairs")
+    config = JudgementDataConfig(path=str(tmp_path / "gone.jsonl"), kind="pairs")
     (example,) = load_examples(config, path=str(tmp_path / "test.jsonl")).examples
     assert example.messages[0]["content"] == "b"
     with pytest.raises(ValueError, match=r"^data\.held_out_path=.*no such file"):
@@ -364,9 +364,9 @@ def test_the_digest_changes_with_any_judgement_and_is_the_same_in_another_proces
     digest = examples_digest(load(tmp_path, "scores", row).examples)
     program = (
         "import sys\n"
-        "from raylhf.config.reward_model import RewardDataConfig\n"
+        "from raylhf.config.judgements import JudgementDataConfig\n"
         "from raylhf.text.judgements import examples_digest, load_examples\n"
-        "print(examples_digest(load_examples(RewardDataConfig(path=sys.argv[1], kind='scores')).examples))\n"
+        "print(examples_digest(load_examples(JudgementDataConfig(path=sys.argv[1], kind='scores')).examples))\n"
         "assert not {'torch', 'transformers', 'datasets', 'ray'} & sys.modules.keys()\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl")]
@@ -385,4 +385,4 @@ def test_every_example_line_of_the_documentation_is_read(tmp_path):
         elif line.startswith("{"):
             kinds.append(kind)
             load(tmp_path, kind, json.loads(line), attributes=("correct",))
-    assert set(kinds) == {"pairs", "rankings", "scores", "attributes", "steps"}
+    assert set(kinds) == {"pairs", "rankings", "scores", "attributes", "steps", "edits", "responses"}

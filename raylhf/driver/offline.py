@@ -1,4 +1,4 @@
-"""A run that trains a reward model: learners alone, fed with judgements that every rank reads for itself."""
+"""A run on stored judgements: learners alone, fed with what every rank reads for itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,25 +7,30 @@ from typing import Any
 
 from raylhf.cluster.actors import ActorGroup
 from raylhf.cluster.session import ray_session, run_on_cluster
-from raylhf.config.run import RewardModelRunConfig
+from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
 from raylhf.driver.checkpoints import begin_checkpoint, commit_checkpoint
 from raylhf.driver.collect import timed
 from raylhf.driver.fingerprint import fixed_settings
 from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
-from raylhf.driver.report import print_reward_report
-from raylhf.driver.roles import prepare_reward_model
-from raylhf.driver.workers import running_reward_learners
+from raylhf.driver.report import print_offline_report
+from raylhf.driver.roles import prepare_offline
+from raylhf.driver.workers import running_offline_learners
 from raylhf.text.data_report import leaks
 from raylhf.text.judgements import examples_digest, load_split
 from raylhf.tracking.reliability import reliability_plot
 
+_MEASURES = {"reward_model": "rm_eval/loss", "preference": "pref_eval/accuracy", "sft": "pref_eval/nll_mean"}
+"""What stands in the summary of a run."""
 
-class RewardModelJob:
-    """Reads the judgements; trains a reward model on them."""
 
-    def __init__(self, config: RewardModelRunConfig) -> None:
+class OfflineJob:
+    """Reads the judgements; trains a reward model or a policy on them."""
+
+    def __init__(self, config: OfflineRunConfig) -> None:
         self._config = config
-        split = load_split(config.data, config.objective.head, seed=config.seed)
+        is_reward_model = isinstance(config, RewardModelRunConfig)
+        self._area = "rm_eval" if is_reward_model else "pref_eval"
+        split = load_split(config.data, config.objective.head if is_reward_model else None, seed=config.seed)
         digest = examples_digest([*split.train, *split.held_out])
         self.fingerprint = fixed_settings(config, {"the judgements of data.path": digest})
         self.num_steps = config.total_steps(len(split.train))
@@ -39,17 +44,16 @@ class RewardModelJob:
         with ray_session(config.cluster, env=ENVIRONMENT):
             tracker.set_phase("preparing the model")
             start_s = config.cluster.start_timeout_s
-            folder = run_on_cluster(prepare_reward_model, config, timeout_s=start_s, should_stop=context.should_stop)
+            folders = run_on_cluster(prepare_offline, config, timeout_s=start_s, should_stop=context.should_stop)
             tracker.set_phase("starting learners")
-            with running_reward_learners(config, folder, should_stop=context.should_stop) as learners:
-                run = RewardRun(config, context, learners, self.num_steps, self._has_held_out)
+            with running_offline_learners(config, folders, should_stop=context.should_stop) as learners:
+                run = OfflineRun(config, context, learners, self.num_steps, self._has_held_out)
                 if checkpoint is not None:
                     run.restore(*checkpoint)
                 elif self._has_held_out:
                     prompts, responses = self._leaks
-                    tracker.log(
-                        0, {"rm_eval/shared_prompts_count": prompts, "rm_eval/shared_responses_count": responses}
-                    )
+                    counts = {"shared_prompts_count": prompts, "shared_responses_count": responses}
+                    tracker.log(0, {f"{self._area}/{key}": count for key, count in counts.items()})
                 status = run.train()
                 if config.checkpoint.export and status == "complete":
                     tracker.set_phase("export")
@@ -57,21 +61,23 @@ class RewardModelJob:
                 return status
 
     def summary(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """The held-out loss, first and last."""
-        losses = [evaluation["metrics"].get("rm_eval/loss") for evaluation in evaluations]
-        found = {"rm_eval/loss_first": losses[0], "rm_eval/loss_last": losses[-1]} if losses else {}
+        """The held-out loss, or what a policy is measured by, first and last."""
+        key = _MEASURES[self._config.objective.kind]
+        losses = [evaluation["metrics"].get(key) for evaluation in evaluations]
+        found = {f"{key}_first": losses[0], f"{key}_last": losses[-1]} if losses else {}
         return {key: loss for key, loss in found.items() if loss is not None}
 
     def report(self, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
         """Print the first against the last evaluation."""
-        print_reward_report(self._config, folder, status, evaluations)
+        what = "Reward model" if self._area == "rm_eval" else "Trained model"
+        print_offline_report(self._config, folder, status, evaluations, what=what)
 
 
 @dataclass
-class RewardRun:
+class OfflineRun:
     """The loop, and where it stands."""
 
-    config: RewardModelRunConfig
+    config: OfflineRunConfig
     context: RunContext
     learners: ActorGroup
     num_steps: int

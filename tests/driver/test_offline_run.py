@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from raylhf.config.run import RewardModelRunConfig
-from raylhf.driver import reward_model
+from raylhf.driver import offline
 from raylhf.driver.job import RunContext
 
 
@@ -20,7 +20,7 @@ class Learners:
         return [{"metrics": {"rm_eval/loss": 1.0}, "samples": []} if method == "evaluate" else {}]
 
 
-def run_of(num_steps: int, folder: Path, **sections: Any) -> tuple[reward_model.RewardRun, Learners]:
+def run_of(num_steps: int, folder: Path, **sections: Any) -> tuple[offline.OfflineRun, Learners]:
     config = RewardModelRunConfig.model_validate(
         {
             "name": "x",
@@ -34,7 +34,7 @@ def run_of(num_steps: int, folder: Path, **sections: Any) -> tuple[reward_model.
     nothing = lambda *args, **kwargs: None  # noqa: E731
     tracker = SimpleNamespace(set_phase=nothing, log=nothing, log_samples=nothing)
     context = RunContext(folder, cast(Any, tracker), {}, lambda: False, [])
-    return reward_model.RewardRun(config, context, cast(Any, learners), num_steps, has_held_out=True), learners
+    return offline.OfflineRun(config, context, cast(Any, learners), num_steps, has_held_out=True), learners
 
 
 def test_an_evaluation_and_a_checkpoint_of_one_step_come_in_this_order(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_an_evaluation_and_a_checkpoint_of_one_step_come_in_this_order(tmp_path,
     def commit(folder: Path, *, step: int, state: dict[str, Any], keep: int) -> None:
         states.append([evaluation["step"] for evaluation in state["evaluations"]])
 
-    monkeypatch.setattr(reward_model, "commit_checkpoint", commit)
+    monkeypatch.setattr(offline, "commit_checkpoint", commit)
     run, learners = run_of(4, tmp_path, checkpoint={"every_steps": 2}, evaluation={"every_steps": 2})
     assert run.train() == "complete"
     half = ["update", "update", "evaluate", "save"]
@@ -61,7 +61,8 @@ def test_the_last_step_is_evaluated_and_saved_once_whatever_the_intervals(tmp_pa
 
 
 def test_the_summary_leaves_out_a_loss_that_an_evaluation_lacks():
-    job = object.__new__(reward_model.RewardModelJob)
+    job = object.__new__(offline.OfflineJob)
+    job._config = run_of(1, Path("nowhere"))[0].config
     first, last = {"metrics": {"rm_eval/accuracy": 0.5}}, {"metrics": {"rm_eval/loss": 0.25}}
     assert job.summary([]) == {}
     assert job.summary([first, last]) == {"rm_eval/loss_last": 0.25}

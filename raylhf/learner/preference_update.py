@@ -1,0 +1,298 @@
+"""One optimizer step of a preference loss, or of supervised fine-tuning, on one rank.
+
+The loss has one global denominator. Whatever it needs to know of the whole batch is computed first, with collectives;
+then every micro-batch stands for itself. Ranks with fewer micro-batches than others run forward passes that count
+nothing, so that all take part in equally many collectives.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raylhf.algos.preference import Responses
+from raylhf.algos.preference_robust import wdpo_penalty
+from raylhf.config.algorithms import LOSSES, Need
+from raylhf.config.learner import LearnerConfig
+from raylhf.config.preference import SFTConfig
+from raylhf.config.preference_losses import PreferenceLoss, TGDPOLoss, WDPOLoss
+from raylhf.learner.engine import optimizer_step
+from raylhf.learner.microbatch import MicroBatch, make_micro_batch, pack_lines
+from raylhf.learner.models import LearnerModels
+from raylhf.learner.preference_batch import (
+    Fits,
+    Part,
+    PreferenceBatch,
+    parts_of_groups,
+    parts_of_pairs,
+    parts_of_rows,
+)
+from raylhf.learner.preference_metrics import Observed, implicit_rewards, observe
+from raylhf.learner.preference_shared import BatchStatistics, gathered_prompts, num_units
+from raylhf.learner.preference_terms import PartOfBatch, Shared, form_of, loss_sum
+from raylhf.learner.totals import Totals
+
+Columns = dict[str, Tensor]
+"""Log-probabilities [R, width] of models that are not trained, by name: ref, guide, better, worse, and old (the policy
+before the step)."""
+
+
+class PreferenceUpdate:
+    """A loss over the rank's models; its state is what the loss remembers between batches."""
+
+    def __init__(
+        self,
+        loss: PreferenceLoss | SFTConfig,
+        learner: LearnerConfig,
+        models: LearnerModels,
+        *,
+        seed: int,
+        device: torch.device,
+        line_tokens: int | None = None,
+    ) -> None:
+        """With `line_tokens`, rows are packed on lines of at most as many tokens, and a micro-batch is as many lines
+        as it would be rows."""
+        self._line_tokens = line_tokens
+        self._loss = loss
+        self._learner = learner
+        self._models = models
+        self._device = device
+        self.needs = frozenset[Need]() if isinstance(loss, SFTConfig) else LOSSES[loss.kind].needs
+        self.statistics = BatchStatistics(loss, models, seed=seed, device=device)
+
+    # --- before the step --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def columns(self, batch: PreferenceBatch, known: Columns | None = None, *, with_policy: bool = False) -> Columns:
+        """What the loss compares with, on all rows; `known` is not computed again, `with_policy` asks for `old`."""
+        models, columns = self._models, dict(known or {})
+        wanted: dict[str, Callable[[], Tensor]] = {}
+        if Need.REFERENCE in self.needs:
+            wanted["ref"] = partial(self.all_rows, batch, models.reference_logprobs)
+        if isinstance(self._loss, TGDPOLoss):
+            wanted["guide"] = partial(self.all_rows, batch, models.guide_logprobs)
+        for name, prompts in (("better", batch.better_prompt_ids), ("worse", batch.worse_prompt_ids)):
+            if prompts is not None:
+                wanted[name] = partial(self.all_rows, batch.with_prompts(prompts), models.reference_logprobs)
+        if with_policy or self.statistics.needs_policy:
+            wanted["old"] = partial(self.all_rows, batch, self._policy_logprobs)
+        return columns | {name: compute() for name, compute in wanted.items() if name not in columns}
+
+    @torch.no_grad()
+    def packing_error(self, batch: PreferenceBatch) -> float:
+        """Mean difference, nats a token, that standing on one line makes to the first two rows (collective)."""
+        packed, padded = (
+            make_micro_batch(batch, [0, 1], self._device, line_tokens=line_tokens)
+            for line_tokens in (int(batch.sizes[:2].sum()), None)
+        )
+        error = self._policy_logprobs(packed, batch.temperature) - self._policy_logprobs(padded, batch.temperature)
+        return error.abs().mean().item()
+
+    def _policy_logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
+        return self._models.policy_forward(micro, temperature)[0]
+
+    @torch.no_grad()
+    def all_rows(self, batch: PreferenceBatch, forward: Callable[[MicroBatch, float], Tensor]) -> Tensor:
+        """`forward` on every row, [R, width]; 0 after a response's end."""
+        table = torch.zeros(len(batch), batch.width, device=self._device)
+        parts = parts_of_rows(batch, self._fits(batch))
+        for number in range(self._most(len(parts))):
+            part = parts[min(number, len(parts) - 1)]  # a rank that is done goes on with its last part
+            micro = self._micro_batch(batch, part.rows)
+            table[micro.source_rows] = micro.scatter(forward(micro, batch.temperature).float(), batch.width)
+        return table
+
+    def prepare(self, batch: PreferenceBatch, columns: Columns, *, step: int) -> Shared:
+        """What the loss must know about the whole batch (collective)."""
+        mismatched = None
+        if self.statistics.needs_mismatched and len(prompts := gathered_prompts(batch)) > 1:
+            others = batch.mismatched(prompts)
+            policy = self.all_rows(others, self._policy_logprobs)
+            mismatched = (policy, self.all_rows(others, self._models.reference_logprobs))
+        whole = self._whole(batch, columns)
+        return self.statistics.shared(batch, whole, mismatched=mismatched, step=step)
+
+    def _whole(self, batch: PreferenceBatch, columns: Columns) -> PartOfBatch:
+        """All rows as one part, without gradients, under the policy before the step where that is known."""
+        rows = tuple(range(len(batch)))
+        old = columns.get("old")
+        logprobs = torch.zeros(len(batch), batch.width, device=self._device) if old is None else old
+        part = Part(rows, tuple(range(len(batch.chosen))), groups=batch.groups)
+        return self._part(batch, columns, part, logprobs, None)
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def step(
+        self, batch: PreferenceBatch, columns: Columns, shared: Shared, totals: Totals, *, lrs: Sequence[float]
+    ) -> float:
+        """One optimizer step; adds to `totals` what the metrics are made of, and returns the gradient's norm.
+
+        A batch without a single pair (row, group) that counts, on any rank, changes nothing: the norm is 0.
+        """
+        units = torch.tensor(num_units(self._loss, batch, shared), dtype=torch.float64, device=self._device)
+        dist.all_reduce(units)
+        denominator = units.item()
+        if denominator == 0:
+            return 0.0
+        parts = self._parts(batch)
+        seen = Observed.nothing(len(batch), batch.width, self._device)
+        losses = [partial(self._part_loss, batch, columns, shared, part, denominator, seen) for part in parts]
+        losses += [partial(self._nothing, batch)] * (self._most(len(parts)) - len(parts))
+        norm = optimizer_step(self._models.policy, losses, lrs)
+        observe(self._loss, self._whole(batch, columns | {"old": seen.logprobs}), seen.is_seen, totals)
+        totals.add(loss=seen.loss, entropy=seen.entropies.sum(), entropy_tokens=seen.entropy_tokens.sum())
+        return norm
+
+    def _parts(self, batch: PreferenceBatch) -> list[Part]:
+        fits = self._fits(batch)
+        match form_of(self._loss):
+            case "rows":
+                return parts_of_rows(batch, fits)
+            case "groups":
+                return parts_of_groups(batch, fits)
+            case form:
+                return parts_of_pairs(batch, fits, may_share=form == "pairs")
+
+    def _fits(self, batch: PreferenceBatch) -> Fits:
+        size, line_tokens, sizes = self._learner.micro_batch_size, self._line_tokens, batch.sizes.tolist()
+
+        def fits(rows: Collection[int]) -> bool:
+            if line_tokens is None:
+                return len(rows) <= size
+            return len(pack_lines([sizes[row] for row in rows], line_tokens)) <= size
+
+        return fits
+
+    def _micro_batch(self, batch: PreferenceBatch, rows: Sequence[int]) -> MicroBatch:
+        return make_micro_batch(batch, rows, self._device, line_tokens=self._line_tokens)
+
+    def _part_loss(
+        self, batch: PreferenceBatch, columns: Columns, shared: Shared, part: Part, denominator: float, seen: Observed
+    ) -> Tensor:
+        micro = self._micro_batch(batch, part.rows)
+        rows, seq_kl = micro.source_rows, None
+        embeddings: list[Tensor] = []
+        if Need.FULL_VOCABULARY_KL in self.needs:
+            flat, divergences = self._models.policy_forward_with_kl(micro, batch.temperature)
+            spans = batch.mask(self._device)[list(part.rows)]
+            seq_kl = torch.where(spans, micro.scatter(divergences, batch.width), 0.0).sum(dim=1)
+        else:
+            if Need.DOUBLE_BACKWARD in self.needs:
+                with captured_embeddings(self._models.policy, embeddings):
+                    flat, entropies = self._models.policy_forward_past_engine(micro, batch.temperature)
+            else:
+                flat, entropies, _ = self._models.policy_forward(micro, batch.temperature)
+            seen.entropies[rows] = micro.scatter(entropies.detach().float(), batch.width).sum(dim=1)
+            seen.entropy_tokens[rows] = micro.rows.bincount(minlength=len(rows)).float()
+        known = self._part(batch, columns, part, micro.scatter(flat, batch.width), seq_kl)
+        loss = loss_sum(self._loss, known, shared)
+        if isinstance(self._loss, WDPOLoss):
+            loss = loss + _embedding_penalty(loss, embeddings[0], rho=self._loss.rho)
+        seen.logprobs[rows], seen.is_seen[rows] = known.responses.logprobs.detach().float(), True
+        seen.loss += loss.detach() / denominator
+        return loss / denominator
+
+    def _part(
+        self, batch: PreferenceBatch, columns: Columns, part: Part, logprobs: Tensor, seq_kl: Tensor | None
+    ) -> PartOfBatch:
+        """The rows of `part` and what is known about them; `logprobs` [B, width] are the policy's."""
+        rows, pairs, device = list(part.rows), list(part.pairs), self._device
+
+        def own(name: str) -> Tensor | None:
+            return columns[name][rows] if name in columns else None
+
+        responses = Responses(
+            logprobs=logprobs,
+            mask=batch.mask(device)[rows],
+            ref_logprobs=own("ref"),
+            guide_logprobs=own("guide"),
+            better_logprobs=own("better"),
+            worse_logprobs=own("worse"),
+            seq_kl=seq_kl,
+        )
+        ranks, group_rows = _padded_groups(batch, part)
+        return PartOfBatch(
+            responses=responses,
+            pairs=part.local_pairs(batch, device),
+            places=torch.tensor(pairs, dtype=torch.long, device=device),
+            prompts=torch.from_numpy(np.searchsorted(batch.group_starts, batch.chosen[pairs], side="right")).to(device),
+            smoothing=_tensor(batch.smoothing[pairs], device),
+            reward_gaps=_tensor(batch.reward_gaps[pairs], device),
+            ranks=_tensor(ranks, device),
+            group_rows=torch.from_numpy(group_rows).to(device),
+            is_good=_tensor(batch.is_good[rows], device),
+        )
+
+    def _nothing(self, batch: PreferenceBatch) -> Tensor:
+        """A forward pass for the other ranks' sake; its gradient is zero."""
+        micro = self._micro_batch(batch, [0])
+        if Need.FULL_VOCABULARY_KL in self.needs:
+            return self._models.policy_forward_with_kl(micro, batch.temperature)[0].sum() * 0.0
+        return self._models.policy_forward(micro, batch.temperature)[0].sum() * 0.0
+
+    def _most(self, count: int) -> int:
+        """The largest `count` of all ranks."""
+        most = torch.tensor(float(count), dtype=torch.float64, device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most.item())
+
+    # --- measuring --------------------------------------------------------------------------------------------------
+
+    def measure(self, batch: PreferenceBatch, columns: Columns, totals: Totals) -> Tensor:
+        """Add to `totals` what the metrics say about `batch` under the present policy; `columns` hold `old`.
+
+        Returns the implicit rewards of all rows, [R]; for sft, their mean log-probabilities.
+        """
+        whole = self._whole(batch, columns)
+        observe(self._loss, whole, torch.ones(len(batch), dtype=torch.bool, device=self._device), totals)
+        return implicit_rewards(self._loss, whole.responses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the loss remembers between batches."""
+        return self.statistics.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.statistics.load_state_dict(state)
+
+
+@contextmanager
+def captured_embeddings(policy: Any, captured: list[Tensor]) -> Iterator[None]:
+    """Put the input embeddings [B, L, D] of forward passes inside it into `captured`, to be differentiated by."""
+
+    def capture(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.requires_grad_()  # frozen under LoRA
+        captured.append(output)
+        return output
+
+    handle = policy.module.lm.get_input_embeddings().register_forward_hook(capture)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _embedding_penalty(loss: Tensor, embeddings: Tensor, *, rho: float) -> Tensor:
+    """WDPO's penalty on a part whose pairs share no row, so that each row's gradient is of one pair's loss."""
+    (slopes,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+    return wdpo_penalty(slopes.float().square().sum(dim=(1, 2)), rho=rho, form="squared").sum()
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(device)
+
+
+def _padded_groups(batch: PreferenceBatch, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """(ranks [G, K], NaN-padded; rows of the part [G, K], padded with 0)."""
+    width = max((len(group) for group in part.groups), default=0)
+    ranks = np.full((len(part.groups), width), np.nan)
+    rows = np.zeros((len(part.groups), width), dtype=np.int64)
+    for g, group in enumerate(part.groups):
+        ranks[g, : len(group)] = batch.ranks[[part.rows[i] for i in group]]
+        rows[g, : len(group)] = group
+    return ranks, rows

@@ -1,0 +1,229 @@
+"""A rank of the learner that trains a policy on stored judgements, as a plain class; the cluster makes it an actor."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raylhf.config.algorithms import LOSSES, Need
+from raylhf.config.preference import PreferenceConfig
+from raylhf.config.preference_losses import TGDPOLoss
+from raylhf.config.run import PreferenceRunConfig
+from raylhf.learner.checkpoint import load_learner, save_learner
+from raylhf.learner.engine import Rendezvous, peak_memory_gib
+from raylhf.learner.microbatch import LAYOUT_ROUNDING
+from raylhf.learner.models import LearnerModels, build_models
+from raylhf.learner.preference_batch import PreferenceBatch
+from raylhf.learner.preference_examples import PreferenceExample, assemble, encode_examples
+from raylhf.learner.preference_metrics import declare, preference_metrics
+from raylhf.learner.preference_update import PreferenceUpdate
+from raylhf.learner.reward_batch import deal, draw
+from raylhf.learner.reward_worker import require_same_data
+from raylhf.learner.totals import Totals
+from raylhf.learner.weight_source import PolicyWeights
+from raylhf.models.load import load_tokenizer
+from raylhf.text.judgements import examples_digest, load_split
+
+
+class PreferenceLearnerWorker:
+    """One data-parallel rank. Every public method after `start` is collective: call it on all ranks.
+
+    Each rank reads all judgements; which part of a step it works on is a pure function of them.
+    """
+
+    def __init__(self, config: PreferenceRunConfig, folder: str, guide_folder: str, *, rank: int) -> None:
+        self._config = config
+        self._folder = folder
+        self._guide_folder = guide_folder
+        self._rank = rank
+        self._device = torch.device("cuda" if config.learner.num_gpus > 0 else "cpu")
+        self._rendezvous = Rendezvous(config, rank=rank)
+        self._step = 0
+        self._train: list[PreferenceExample]
+        self._held_out: list[PreferenceExample]
+        self._now: float
+        self._models: LearnerModels
+        self._update: PreferenceUpdate
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def open_rendezvous(self) -> int:
+        """On rank 0: host the learners' rendezvous and return its port."""
+        return self._rendezvous.open()
+
+    def start(self, host: str, port: int) -> dict[str, int]:
+        """Read the judgements, join the other ranks, build the models; returns how much there is to train on.
+
+        Raises:
+            ValueError: the judgements are malformed, hold nothing for the loss, or are not the same on every rank; or
+                the model cannot be trained on packed sequences.
+        """
+        config, objective = self._config, self._config.objective
+        digest = self._read()
+        self._rendezvous.join(host, port)
+        require_same_data(digest)
+        loss, comparing = self._loss, objective if isinstance(objective, PreferenceConfig) else None
+        self._models = build_models(
+            config,
+            self._folder,
+            self._device,
+            has_reference=comparing is not None and Need.REFERENCE in LOSSES[comparing.loss.kind].needs,
+            moves_reference=comparing is not None and comparing.reference.every_steps > 0,
+            has_guide=isinstance(loss, TGDPOLoss),
+            second_folder=self._guide_folder,
+        )
+        self._update = PreferenceUpdate(
+            loss,
+            config.learner,
+            self._models,
+            seed=config.seed,
+            device=self._device,
+            line_tokens=config.data.max_tokens if objective.packing else None,
+        )
+        if objective.packing:
+            self._check_packing()
+        rows = [row for example in (*self._train, *self._held_out) for row in example.rows]
+        return {
+            "num_steps": config.total_steps(len(self._train)),
+            "num_train": len(self._train),
+            "num_held_out": len(self._held_out),
+            "num_truncated": sum(row.is_truncated for row in rows),
+        }
+
+    def _check_packing(self) -> None:
+        """Refuse a model whose attention does not keep packed rows apart."""
+        batch = assemble(self._train[:2], self._loss, now=self._now)
+        if len(batch) < 2:
+            return
+        limit = LAYOUT_ROUNDING[self._config.model.dtype]
+        if not (error := self._update.packing_error(batch)) <= limit:
+            raise ValueError(
+                f"objective.packing: two examples on one line get log-probabilities that differ by {error:.2g} nats a "
+                f"token from those that they get apart (limit {limit:g}): this model's attention does not keep packed "
+                "sequences apart; set objective.packing: false"
+            )
+
+    def _read(self) -> str:
+        """Read and encode all judgements; returns their digest."""
+        config = self._config
+        split = load_split(config.data, None, seed=config.seed)
+        tokenizer = load_tokenizer(self._folder, trust_remote_code=config.model.trust_remote_code)
+        self._train, self._held_out = (
+            encode_examples(tokenizer, examples, self._loss, max_tokens=config.data.max_tokens) if examples else []
+            for examples in (split.train, split.held_out)
+        )
+        times = [pair.time for example in split.train for pair in example.pairs if pair.time is not None]
+        self._now = max(times, default=0.0)
+        return examples_digest([*split.train, *split.held_out])
+
+    @property
+    def _loss(self) -> Any:
+        objective = self._config.objective
+        return objective.loss if isinstance(objective, PreferenceConfig) else objective
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._rendezvous.leave()
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def update(self, step: int) -> dict[str, float]:
+        """Optimizer step number `step` (from 0), on the examples that belong to it; returns global metrics.
+
+        Raises:
+            RuntimeError: loss or gradient are not finite.
+        """
+        started = time.perf_counter()
+        examples = [self._train[i] for i in self._drawn(step)]
+        batch = self._share(examples)
+        totals = Totals(self._device)
+        declare(totals)
+        columns = self._update.columns(batch)
+        shared = self._update.prepare(batch, columns, step=step)
+        lr = self._lr(step)
+        norm = self._update.step(batch, columns, shared, totals, lrs=[lr])
+        self._move_reference(step + 1)
+        sums = totals.reduced()
+        num_tokens = sum(example.num_tokens for example in examples)
+        metrics = preference_metrics(sums, area="pref") | {
+            "policy/loss": sums["loss"],
+            "policy/grad_norm": norm,
+            "policy/lr": lr,
+            "pref/pairs_count": float(sum(len(example.pairs) for example in examples)),
+            "pref/truncated_count": float(sum(row.is_truncated for e in examples for row in e.rows)),
+            "pref/response_cut_count": float(sum(row.is_response_cut for e in examples for row in e.rows)),
+            "pref/num_tokens": float(num_tokens),
+            "learn/tokens_per_s": num_tokens / (time.perf_counter() - started),
+            "memory/learner_peak_gib": peak_memory_gib(self._device),
+        }
+        for key in ("policy/loss", "policy/grad_norm"):
+            if not math.isfinite(metrics[key]):
+                raise RuntimeError(
+                    f"{key} is {metrics[key]} in step {step + 1}: training has diverged. Go back to the last "
+                    "checkpoint with a lower learner.lr"
+                )
+        self._step = step + 1
+        return metrics
+
+    def _drawn(self, step: int) -> list[int]:
+        batch_size = self._config.objective.batch_size
+        return draw(step, num_examples=len(self._train), batch_size=batch_size, seed=self._config.seed)
+
+    def _share(self, examples: list[PreferenceExample]) -> PreferenceBatch:
+        """This rank's part of some examples; a rank without one gets an example that does not count."""
+        own = self._own(examples)
+        return assemble(own or examples[:1], self._loss, now=self._now, counts=bool(own))
+
+    def _own(self, examples: list[PreferenceExample]) -> list[PreferenceExample]:
+        dealt = deal([example.num_tokens for example in examples], self._config.learner.num_ranks)
+        return [examples[i] for i in dealt[self._rank]]
+
+    def _lr(self, step: int) -> float:
+        learner = self._config.learner
+        num_steps = self._config.total_steps(len(self._train))
+        warm = min(1.0, (step + 1) / max(learner.lr_warmup_steps, 1))
+        return learner.lr * warm * (1 - step / num_steps if learner.lr_schedule == "linear" else 1.0)
+
+    def _move_reference(self, steps_done: int) -> None:
+        objective = self._config.objective
+        if not isinstance(objective, PreferenceConfig) or objective.reference.every_steps == 0:
+            return
+        if steps_done % objective.reference.every_steps == 0:
+            self._models.move_reference(objective.reference.mix)
+
+    def evaluate(self) -> dict[str, Any]:
+        """The held-out judgements under the present policy; `metrics` are equal on every rank, {} where none are."""
+        if not self._held_out:
+            return {}
+        totals = Totals(self._device)
+        declare(totals)
+        batch = self._share(self._held_out)
+        columns = self._update.columns(batch, with_policy=True)
+        rewards = self._update.measure(batch, columns, totals).tolist()
+        samples, first = [], 0
+        for example in self._own(self._held_out)[: self._config.evaluation.num_samples]:
+            own = rewards[first : first + len(example.rows)]
+            samples.append({"prompt": example.prompt, "responses": list(example.texts), "implicit_rewards": own})
+            first += len(example.rows)
+        return {"metrics": preference_metrics(totals.reduced(), area="pref_eval"), "samples": samples}
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str) -> None:
+        """Write this rank's share of a checkpoint."""
+        save_learner(Path(folder), self._models, {"step": self._step, "loss": self._update.state_dict()})
+
+    def load(self, folder: str) -> int:
+        """Continue from a checkpoint that equally many ranks saved; returns the number of steps it has taken."""
+        state = load_learner(Path(folder), self._models)
+        self._step = state["step"]
+        self._update.load_state_dict(state["loss"])
+        return self._step
+
+    def export(self, folder: str) -> None:
+        """Write the policy, adapters merged, as an ordinary Hugging Face folder (rank 0 writes, all ranks gather)."""
+        trust = self._config.model.trust_remote_code
+        tokenizer = load_tokenizer(self._folder, trust_remote_code=trust)
+        PolicyWeights(self._models.policy.module.lm).export(folder, tokenizer, writes=self._rank == 0)

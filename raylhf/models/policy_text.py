@@ -1,0 +1,67 @@
+"""From a prompt and a given response to what a policy learns from: the tokens that it would have sampled."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from raylhf.models.chat import encode_prompt
+
+
+@dataclass(frozen=True)
+class EncodedResponse:
+    """A prompt and a response to it."""
+
+    prompt_ids: np.ndarray
+    """Token ids with the chat template's generation prompt, int64 [P], P at least 1."""
+    response_ids: np.ndarray
+    """Token ids of the response, with the end-of-sequence token unless it was cut, int64 [T], T at least 1."""
+    is_truncated: bool
+    """Whether prompt or response lost tokens to max_tokens."""
+    is_response_cut: bool
+    """Whether the response itself did; it does not end then."""
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    response: str,
+    *,
+    max_tokens: int,
+    prefix: str = "",
+    ends: bool = True,
+) -> EncodedResponse:
+    """The prompt's turns and the response as tokens. Too long: the prompt's beginning is cut first, to one token at
+    least, then the response's end.
+
+    `prefix` is a beginning of the assistant's turn that is not learnt from; `ends` says whether the turn ends after
+    `response`. The response is tokenized by itself, as a policy samples it after the prompt's last token.
+    """
+    start: Any = _end(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    prompt_ids = encode_prompt(tokenizer, messages) if messages else [start]
+    prompt_ids = [*prompt_ids, *(_encode(tokenizer, prefix) if prefix else [])] or [start]
+    response_ids = _encode(tokenizer, response)
+    if ends or not response_ids:
+        response_ids = [*response_ids, _end(tokenizer)]
+    excess = max(len(prompt_ids) + len(response_ids) - max_tokens, 0)
+    from_prompt = min(excess, len(prompt_ids) - 1)
+    from_response = excess - from_prompt
+    return EncodedResponse(
+        prompt_ids=np.array(prompt_ids[from_prompt:], dtype=np.int64),
+        response_ids=np.array(response_ids[: len(response_ids) - from_response], dtype=np.int64),
+        is_truncated=excess > 0,
+        is_response_cut=from_response > 0,
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> int:
+    end: Any = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("the model's tokenizer has no end-of-sequence token, so a response could never end; add one")
+    return int(end)
