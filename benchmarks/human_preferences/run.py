@@ -23,7 +23,7 @@ import torch
 from raylhf.learner.microbatch import make_micro_batch
 from raylhf.models.load import load_tokenizer, prepare_model
 from raylhf.models.policy import load_policy
-from raylhf.models.policy_text import EncodedResponse, encode_response
+from raylhf.models.policy_text import EncodedResponse, encode_responses
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "reward_models"))
@@ -140,7 +140,7 @@ def log_probabilities(folder: str, test: Sequence[Row]) -> dict[Key, tuple[float
     for start in range(0, len(keys), 16):
         part = keys[start : start + 16]
         encoded = [
-            encode_response(tokenizer, [{"role": "user", "content": prompt}], text, max_tokens=MAX_TOKENS)
+            encode_responses(tokenizer, [{"role": "user", "content": prompt}], [text], max_tokens=MAX_TOKENS)[0]
             for prompt, text in part
         ]
         batch = make_micro_batch(Rows(encoded), range(len(part)), torch.device("cpu"))

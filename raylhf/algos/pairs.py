@@ -37,7 +37,7 @@ def make_pairs(
     valid: np.ndarray,
     *,
     vector: np.ndarray | None = None,
-    tie_margin: float,
+    tie_margin: float | None,
     seed: int,
     texts: Sequence[str] | None = None,
 ) -> MadePairs:
@@ -46,7 +46,8 @@ def make_pairs(
     `scores` [K]; `valid` [K] (bool) is False where no score could be had. A comparison is a tie, and no pair is made
     of it, if the better response's score is not more than `tie_margin` (>= 0) above the other's, or if the two `texts`
     [K] are equal. This takes in a Pareto comparison that the scores contradict. Ties are dropped since their label is
-    an accident of order; in groups of which many are ties there is little to learn.
+    an accident of order; in groups of which many are ties there is little to learn. With None, scores never make a tie:
+    for labels that are probabilities, an even one too says something.
 
     `vector` [K, J] holds the members of an ensemble, or attributes, NaN where one does not apply; a comparison is then
     of the columns that both responses have. A pair's agreement is the share of these that rate its chosen response
@@ -62,7 +63,8 @@ def make_pairs(
     pairs = tuple(
         Pair(better, worse, float(scores[better] - scores[worse]), _agreement(columns[better], columns[worse]))
         for better, worse in comparisons
-        if scores[better] - scores[worse] > tie_margin and (texts is None or texts[better] != texts[worse])
+        if (tie_margin is None or scores[better] - scores[worse] > tie_margin)
+        and (texts is None or texts[better] != texts[worse])
     )
     return MadePairs(pairs, len(comparisons) - len(pairs))
 

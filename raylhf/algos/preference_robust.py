@@ -159,5 +159,7 @@ def wdpo_penalty(squared_norms: Tensor, *, rho: float, form: Literal["paper", "s
 
 
 def _standardized(values: Tensor, center: Tensor | float, spread: Tensor | float) -> Tensor:
-    """(values - center) / spread; as in `advantages.whiten`, a spread of 0 does not amplify rounding."""
-    return (values - center) * (spread * spread + 1e-8) ** -0.5
+    """(values - center) / spread; 0 where nothing is known about the spread, as after single values."""
+    spread = torch.as_tensor(spread, dtype=values.dtype, device=values.device)
+    # As in `advantages.whiten`, a small spread does not amplify rounding.
+    return torch.where(spread > 1e-6, (values - center) * (spread * spread + 1e-8) ** -0.5, 0.0)

@@ -5,9 +5,9 @@ from rich.table import Table
 
 from raylhf.cli.tables import new_table, roles_table, with_settings
 from raylhf.config.placement import roles_of
-from raylhf.config.preference import SFTConfig
+from raylhf.config.preference import PreferenceConfig, SFTConfig, loss_of
 from raylhf.config.reward_model import MultiValueHead, RewardModelConfig
-from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
+from raylhf.config.run import OfflineRunConfig, PreferenceRunConfig, RewardModelRunConfig
 
 
 def check_offline(console: Console, config: OfflineRunConfig, *, with_data: bool) -> None:
@@ -39,6 +39,11 @@ def _objective(config: OfflineRunConfig) -> Table:
         table.add_row("head", with_settings(objective.head))
         if objective.trainable_layers is not None:
             trained = f"the top {objective.trainable_layers} layers, and the head"
+    if isinstance(objective, PreferenceConfig) and objective.reference.every_steps:
+        moved = objective.reference
+        table.add_row("reference", f"moves every {moved.every_steps} steps, by {moved.mix:g} of the way")
+    if not isinstance(objective, RewardModelConfig) and objective.packing:
+        table.add_row("packing", f"lines of {config.data.max_tokens} tokens")
     table.add_row("trained", trained)
     table.add_row("prompts in an optimizer step", f"{objective.batch_size}")
     table.add_row("passes", f"{objective.num_epochs}" if config.num_steps is None else f"{config.num_steps} steps")
@@ -48,11 +53,16 @@ def _objective(config: OfflineRunConfig) -> Table:
 def _data(config: OfflineRunConfig) -> Table:
     from raylhf.text.data_report import data_report, lines
     from raylhf.text.judgements import load_split
+    from raylhf.text.preference_data import usable_parts
 
     head = config.objective.head if isinstance(config, RewardModelRunConfig) else None
     split = load_split(config.data, head, seed=config.seed)
     attributes = head.attributes if isinstance(head, MultiValueHead) else ()
     table = new_table("Data", "quantity", "number")
+    if isinstance(config, PreferenceRunConfig):
+        train, held_out = usable_parts(split, loss_of(config.objective))
+        table.add_row(f"prompts that {config.objective.kind} learns from", f"{len(train)} of {len(split.train)}")
+        table.add_row("prompts that it is measured on", f"{len(held_out)} of {len(split.held_out)}")
     for label, value in lines(data_report(split.train, split.held_out, loaded=split.sources, attributes=attributes)):
         table.add_row(label, value)
     return table

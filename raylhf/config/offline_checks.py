@@ -7,7 +7,7 @@ from raylhf.config.checks import check_devices, check_placement
 from raylhf.config.judgement_checks import check_judgements
 from raylhf.config.preference import PreferenceConfig, SFTConfig
 from raylhf.config.preference_checks import check_needs, check_reference, listed
-from raylhf.config.preference_losses import MODPOLoss
+from raylhf.config.preference_losses import KTOLoss, MODPOLoss, TREGLoss
 from raylhf.config.problems import Problem, problem_at
 from raylhf.config.run import PreferenceRunConfig
 
@@ -49,5 +49,12 @@ def _check_loss_data(objective: PreferenceConfig, config: PreferenceRunConfig) -
     only_pairs = LOSSES[loss.kind].needs & {Need.TIME, Need.REWARD_GAPS}
     if only_pairs and kind in wanted and kind != "pairs":
         yield problem_at("data.kind", f"is {kind}, but only rows of pairs have {listed(only_pairs)}; change one")
+    if isinstance(loss, KTOLoss) and kind != "scores" and "good_from" in loss.model_fields_set:
+        yield problem_at(
+            "objective.loss.good_from",
+            f"has no effect with data.kind: {kind}, where those are good that win more pairs than they lose; remove it",
+        )
+    if isinstance(loss, TREGLoss) and loss.better == loss.worse:
+        yield problem_at("objective.loss.worse", "is the same as better: no token would weigh more; change one")
     if isinstance(loss, MODPOLoss) and loss.weight + sum(loss.other_weights.values()) > 1 + 1e-6:
         yield problem_at("objective.loss.other_weights", "and weight add to more than 1; scale them to add to 1")

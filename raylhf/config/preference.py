@@ -85,6 +85,11 @@ class SFTConfig(Settings):
     Changes memory and speed, never the result."""
 
 
+def loss_of(objective: PreferenceConfig | SFTConfig) -> PreferenceLoss | SFTConfig:
+    """What is minimised; fine-tuning is its own loss."""
+    return objective.loss if isinstance(objective, PreferenceConfig) else objective
+
+
 class PreferenceEvaluationConfig(Settings):
     every_steps: int = Field(default=0, ge=0)
     """Evaluate on the held-out judgements every N steps; 0 means at the start and the end only."""

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 
 from raylhf.config.algorithms import LOSSES, Need
 from raylhf.config.preference import OnlineDPOConfig, ReferenceConfig
-from raylhf.config.preference_losses import PreferenceLoss
+from raylhf.config.preference_losses import CDPOLoss, KTOLoss, PreferenceLoss
 from raylhf.config.problems import Problem, problem_at
+from raylhf.config.reward_leaves import ProcessReward
 from raylhf.config.run import CommonConfig, RunConfig
 
 
@@ -40,9 +41,10 @@ def check_online_dpo(objective: OnlineDPOConfig, config: RunConfig) -> Iterator[
     if pairs.kind == "first_wrong_step" and pairs != type(pairs)(kind=pairs.kind):
         yield problem_at(
             "objective.pairs",
-            "has settings about scores, but first_wrong_step compares steps; remove tie_margin, full_weight_gap and "
-            "weight_by_agreement",
+            "has settings about scores, but first_wrong_step compares steps; remove everything but the kind",
         )
+    if pairs.kind == "first_wrong_step":
+        yield from _check_steps(config)
     compares_parts = pairs.kind == "pareto" or pairs.weight_by_agreement
     if compares_parts and len(set(pairs.parts)) < 2:
         yield problem_at(
@@ -52,10 +54,12 @@ def check_online_dpo(objective: OnlineDPOConfig, config: RunConfig) -> Iterator[
         )
     if pairs.parts and not compares_parts and kind not in ("kto", "plackett_luce"):
         yield problem_at("objective.pairs.parts", "has no effect without pareto or weight_by_agreement; remove it")
-    if pairs.soft_labels and kind != "cdpo":
+    if pairs.soft_labels:
+        yield from _check_soft_labels(objective)
+    if isinstance(objective.loss, KTOLoss) and "good_from" in objective.loss.model_fields_set:
         yield problem_at(
-            "objective.pairs.soft_labels",
-            f"is true, but the loss {kind} takes every label for sure; set objective.loss.kind: cdpo, or remove it",
+            "objective.loss.good_from",
+            "has no effect on fresh responses, of which those are good that win more pairs than they lose; remove it",
         )
     groups, minibatches = config.rollout.prompts_per_step // config.learner.num_ranks, objective.num_minibatches
     if groups % minibatches:
@@ -66,6 +70,44 @@ def check_online_dpo(objective: OnlineDPOConfig, config: RunConfig) -> Iterator[
         )
     yield from check_needs(objective.loss, config)
     yield from check_reference(objective.reference, objective.loss, config)
+
+
+def _check_soft_labels(objective: OnlineDPOConfig) -> Iterator[Problem]:
+    loss = objective.loss
+    if not isinstance(loss, CDPOLoss):
+        yield problem_at(
+            "objective.pairs.soft_labels",
+            f"is true, but the loss {loss.kind} takes every label for sure; set objective.loss.kind: cdpo, or remove "
+            "it",
+        )
+    elif "label_smoothing" in loss.model_fields_set:
+        yield problem_at(
+            "objective.loss.label_smoothing",
+            "has no effect with objective.pairs.soft_labels, which says how sure each label is; remove one",
+        )
+    if objective.pairs.tie_margin > 0:
+        yield problem_at(
+            "objective.pairs.tie_margin",
+            f"is {objective.pairs.tie_margin:g}, but with soft_labels a tie is a pair that could go either way; remove "
+            "it",
+        )
+
+
+def _check_steps(config: RunConfig) -> Iterator[Problem]:
+    """Scores of steps can be told from what else a reward puts on tokens only where it is all there is."""
+    graph, reward = config.reward.graph, config.reward
+    if not isinstance(graph, ProcessReward) or graph.aggregate not in ("min", "mean"):
+        yield problem_at(
+            "reward.graph",
+            "must be one leaf of kind process with aggregate min or mean for objective.pairs.kind: first_wrong_step, "
+            "which reads the steps' own scores; change one",
+        )
+    if reward.missing_eos_penalty > 0 or reward.clip is not None:
+        yield problem_at(
+            "reward.missing_eos_penalty" if reward.missing_eos_penalty > 0 else "reward.clip",
+            "changes the score of a response's last step, which objective.pairs.kind: first_wrong_step would take for "
+            "wrong; set missing_eos_penalty to 0 and clip to null",
+        )
 
 
 def check_needs(loss: PreferenceLoss, config: CommonConfig) -> Iterator[Problem]:
@@ -107,6 +149,12 @@ def check_reference(reference: ReferenceConfig, loss: PreferenceLoss, config: Co
         yield problem_at("objective.reference.mix", "has no effect with every_steps: 0; set that, or remove it")
     if reference.every_steps == 0:
         return
+    if reference.mix < 1 and config.model.dtype == "bfloat16":
+        yield problem_at(
+            "objective.reference.mix",
+            f"is {reference.mix:g}, but model.dtype: bfloat16 rounds so small a move of the reference away; set mix to "
+            "1 and raise every_steps, or dtype to float32",
+        )
     if config.learner.lora is not None:
         yield problem_at(
             "objective.reference.every_steps",

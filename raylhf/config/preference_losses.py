@@ -135,6 +135,10 @@ class TGDPOLoss(Settings):
     """Model whose log-ratio to the reference is the token reward: an earlier DPO or SimPO checkpoint."""
 
 
+INSTRUCTION_TOKENS = 256
+"""By how much T-REG's instruction may lengthen a prompt beyond data.max_tokens."""
+
+
 class TREGLoss(Settings):
     """DPO with a pull on tokens that the reference itself prefers when it is asked for a better answer: 2412.02685."""
 

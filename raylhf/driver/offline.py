@@ -7,6 +7,7 @@ from typing import Any
 
 from raylhf.cluster.actors import ActorGroup
 from raylhf.cluster.session import ray_session, run_on_cluster
+from raylhf.config.preference import loss_of
 from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
 from raylhf.driver.checkpoints import begin_checkpoint, commit_checkpoint
 from raylhf.driver.collect import timed
@@ -17,6 +18,7 @@ from raylhf.driver.roles import prepare_offline
 from raylhf.driver.workers import running_offline_learners
 from raylhf.text.data_report import leaks
 from raylhf.text.judgements import examples_digest, load_split
+from raylhf.text.preference_data import usable_parts
 from raylhf.tracking.reliability import reliability_plot
 
 _MEASURES = {"reward_model": "rm_eval/loss", "preference": "pref_eval/accuracy", "sft": "pref_eval/nll_mean"}
@@ -33,9 +35,16 @@ class OfflineJob:
         split = load_split(config.data, config.objective.head if is_reward_model else None, seed=config.seed)
         digest = examples_digest([*split.train, *split.held_out])
         self.fingerprint = fixed_settings(config, {"the judgements of data.path": digest})
-        self.num_steps = config.total_steps(len(split.train))
-        self._has_held_out = bool(split.held_out)
-        self._leaks = leaks(split.train, split.held_out)
+        train, held_out = split.train, split.held_out
+        if not is_reward_model:
+            train, held_out = usable_parts(split, loss_of(config.objective))
+        self.num_steps = config.total_steps(len(train))
+        self._has_held_out = bool(held_out)
+        shared_prompts, shared_responses = leaks(train, held_out)
+        counts = {"shared_prompts_count": shared_prompts, "shared_responses_count": shared_responses}
+        self._counts = {f"{self._area}/{key}": count for key, count in counts.items() if held_out}
+        if not is_reward_model:
+            self._counts["pref/left_out_prompts_count"] = len(split.train) - len(train)
 
     def run(self, context: RunContext, checkpoint: Checkpoint | None) -> str:
         """Start Ray and the learners, train, export; returns how the training ended."""
@@ -50,10 +59,8 @@ class OfflineJob:
                 run = OfflineRun(config, context, learners, self.num_steps, self._has_held_out)
                 if checkpoint is not None:
                     run.restore(*checkpoint)
-                elif self._has_held_out:
-                    prompts, responses = self._leaks
-                    counts = {"shared_prompts_count": prompts, "shared_responses_count": responses}
-                    tracker.log(0, {f"{self._area}/{key}": count for key, count in counts.items()})
+                else:
+                    tracker.log(0, self._counts)
                 status = run.train()
                 if config.checkpoint.export and status == "complete":
                     tracker.set_phase("export")

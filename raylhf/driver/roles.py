@@ -7,7 +7,9 @@ from typing import Any
 
 from raylhf.batch import Prompt
 from raylhf.config import RunConfig
-from raylhf.config.run import OfflineRunConfig
+from raylhf.config.preference import loss_of
+from raylhf.config.preference_losses import INSTRUCTION_TOKENS, TREGLoss
+from raylhf.config.run import AnyRunConfig, OfflineRunConfig, PreferenceRunConfig
 
 
 def rollout_worker(*args: Any, **kwargs: Any) -> Any:
@@ -72,6 +74,7 @@ def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
                 f"data.max_prompt_tokens + rollout.sampling.max_response_tokens (or rollout.max_model_len) = "
                 f"{config.max_model_len}, but the context of {name} is {context} tokens; lower them"
             )
+    _require_one_tokenizer(config, [folder, second])
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     return Prepared(folder, second, [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts])
 
@@ -89,11 +92,31 @@ def prepare_offline(config: OfflineRunConfig) -> list[str]:
 
     paths = [config.model.path, *([config.second_model] if config.second_model else [])]
     folders = [prepare_model(path, seed=config.seed) for path in paths]
+    asks = isinstance(config, PreferenceRunConfig) and isinstance(loss_of(config.objective), TREGLoss)
+    longest = config.data.max_tokens + (INSTRUCTION_TOKENS if asks else 0)
     for folder in folders:
         architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
         context = max_positions(architecture)
-        if context is not None and config.data.max_tokens > context:
+        if context is not None and longest > context:
+            and_more = f" and {INSTRUCTION_TOKENS} for the instructions of t_reg" if asks else ""
             raise ValueError(
-                f"data.max_tokens = {config.data.max_tokens}, but the context of {folder} is {context} tokens; lower it"
+                f"data.max_tokens = {config.data.max_tokens}{and_more}, but the context of {folder} is {context} "
+                "tokens; lower it"
             )
+    _require_one_tokenizer(config, folders)
     return folders
+
+
+def _require_one_tokenizer(config: AnyRunConfig, folders: Sequence[str]) -> None:
+    """A loss's guide scores the policy's tokens."""
+    from raylhf.models.calibration import tokenizer_hash
+    from raylhf.models.load import load_tokenizer
+
+    hashes = {
+        tokenizer_hash(load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)) for folder in folders
+    }
+    if len(hashes) > 1:
+        raise ValueError(
+            f"{config.second_model!r} and {config.model.path!r} have different tokenizers, so their log-probabilities "
+            "are not of the same tokens; give a guide (or critic) of the policy's family"
+        )

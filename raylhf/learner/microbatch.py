@@ -10,10 +10,6 @@ from torch import Tensor
 
 from raylhf.batch import Rollouts
 
-LAYOUT_ROUNDING = {"float32": 1e-3, "bfloat16": 2e-2}
-"""Most that another padding or packing changes log-probabilities in the mean, nats a token, by dtype; what changes them
-more is dropout, a wrong kernel, or attention that crosses rows."""
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -58,14 +54,27 @@ class TokenRows(Protocol):
     def response_ids(self) -> Sequence[np.ndarray]: ...
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How rows share lines."""
+
+    line_tokens: int
+    """Most tokens of a line: what a micro-batch holds is counted in such lines."""
+    one_line: bool = False
+    """Lay out a micro-batch's lines one after the other, as one: what flash attention takes for packed."""
+
+
 def make_micro_batch(
-    rollouts: TokenRows, rows: Sequence[int], device: torch.device, *, line_tokens: int | None = None
+    rollouts: TokenRows, rows: Sequence[int], device: torch.device, *, packing: Packing | None = None
 ) -> MicroBatch:
     """Lay out the given rows of `rollouts`, whose responses must not be empty (see `without_empty`): each on a line of
-    its own or, with `line_tokens`, packed on lines of at most as many tokens."""
+    its own or, with `packing`, several on a line."""
     sequences = [np.concatenate([rollouts.prompt_ids[i], rollouts.response_ids[i]]) for i in rows]
     sizes = [len(sequence) for sequence in sequences]
-    lines = [[i] for i in range(len(rows))] if line_tokens is None else pack_lines(sizes, line_tokens)
+    if packing is None:
+        lines = [[i] for i in range(len(rows))]
+    else:
+        lines = [list(range(len(rows)))] if packing.one_line else pack_lines(sizes, packing.line_tokens)
     width = max(sum(sizes[i] for i in line) for line in lines)
     tokens, position_ids = np.zeros((2, len(lines), width), dtype=np.int64)
     row_lines, row_starts = np.zeros((2, len(rows)), dtype=np.int64)

@@ -14,11 +14,12 @@ from raylhf.config.preference import OnlineDPOConfig, PairsConfig
 from raylhf.config.preference_losses import PlackettLuceDPOLoss
 from raylhf.learner.experience import Experience
 from raylhf.learner.models import LearnerModels
-from raylhf.learner.preference_batch import PreferenceBatch, good_by_wins
+from raylhf.learner.preference_batch import PreferenceBatch
 from raylhf.learner.preference_metrics import declare, preference_metrics
 from raylhf.learner.preference_update import Columns, PreferenceUpdate
 from raylhf.learner.totals import Totals
 from raylhf.learner.wrong_steps import first_wrong_step_pairs
+from raylhf.text.preference_data import good_by_wins
 
 
 class OnlineDPOObjective:
@@ -117,7 +118,7 @@ class OnlineDPOObjective:
             rewards.scores[index],
             valid,
             vector=None if vector is None else vector[index],
-            tie_margin=settings.tie_margin,
+            tie_margin=None if settings.soft_labels else settings.tie_margin,
             seed=int(np.random.SeedSequence((self._config.seed, *seed)).generate_state(1)[0]),
             texts=texts,
         )

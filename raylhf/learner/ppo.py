@@ -30,7 +30,7 @@ from raylhf.learner.credit import assign_credit
 from raylhf.learner.engine import optimizer_step, restart_adam
 from raylhf.learner.experience import Experience
 from raylhf.learner.metrics import collect_minibatch, update_metrics
-from raylhf.learner.microbatch import LAYOUT_ROUNDING, MicroBatch, make_micro_batch, plan_micro_batches
+from raylhf.learner.microbatch import MicroBatch, make_micro_batch, plan_micro_batches
 from raylhf.learner.models import LearnerModels
 from raylhf.learner.totals import Totals, all_reduce_sum
 
@@ -52,6 +52,11 @@ class ScoredBatch:
     kl_coef: float
     trains_policy: bool
     """False while the critic warms up alone."""
+
+
+FIRST_LOG_RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Mean |log-ratio| before any update. Policy and old policy are one function then, up to the rounding that another
+padding brings; more than that means dropout or a wrong kernel."""
 
 
 class PPOObjective:
@@ -260,8 +265,7 @@ class PPOObjective:
         return loss
 
     def _check_first_ratio(self, error: float) -> None:
-        # Policy and old policy are one function then.
-        limit = LAYOUT_ROUNDING[self._config.model.dtype]
+        limit = FIRST_LOG_RATIO_LIMIT[self._config.model.dtype]
         if not error <= limit:
             raise RuntimeError(
                 f"before any update, policy and old policy differ by {error:.2g} nats a token (limit {limit:g}): "

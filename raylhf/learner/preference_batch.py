@@ -3,7 +3,7 @@
 The home shape is R rows (responses of whole groups, one group after the other) and N pairs that point at rows.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -87,11 +87,16 @@ class PreferenceBatch:
         """The prompt of each group."""
         return [self.prompt_ids[start] for start in self.group_starts[:-1]]
 
-    def mismatched(self, prompts: Sequence[np.ndarray]) -> "PreferenceBatch":
-        """Every response behind the prompt that follows its own in `prompts`, which holds those of the batch."""
+    def mismatched(self, prompts: Sequence[np.ndarray], *, max_tokens: int | None) -> "PreferenceBatch":
+        """Every response behind the prompt that follows its own in `prompts`, which holds those of the batch; that
+        prompt's beginning is cut where both are more than `max_tokens`."""
         follows = dict(zip((ids.tobytes() for ids in prompts), [*prompts[1:], *prompts[:1]], strict=True))
         donors = [follows[ids.tobytes()] for ids in self.group_prompts]
-        return self.with_prompts([donors[g] for g, rows in enumerate(self.groups) for _ in rows])
+        stand_ins = [donors[g] for g, rows in enumerate(self.groups) for _ in rows]
+        if max_tokens is not None:
+            rooms = np.maximum(max_tokens - self.lengths, 1).tolist()
+            stand_ins = [ids[-room:] for ids, room in zip(stand_ins, rooms, strict=True)]
+        return self.with_prompts(stand_ins)
 
 
 @dataclass(frozen=True)
@@ -111,15 +116,6 @@ class Part:
             for side in (batch.chosen, batch.rejected)
         )
         return Pairs(chosen, rejected)
-
-
-def good_by_wins(pairs: Iterable[tuple[int, int]], num_rows: int) -> np.ndarray:
-    """1 for rows that are (chosen, rejected) more often in the first place, 0 in the second, NaN as often, [R]."""
-    wins = np.zeros(num_rows)
-    for chosen, rejected in pairs:
-        wins[chosen] += 1
-        wins[rejected] -= 1
-    return np.select([wins > 0, wins < 0], [1.0, 0.0], np.nan)
 
 
 Fits = Callable[[Collection[int]], bool]

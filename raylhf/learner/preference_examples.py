@@ -11,16 +11,17 @@ from raylhf.algos.preference_robust import ns_dpo_weights
 from raylhf.batch import Pair, RewardExample
 from raylhf.config.preference import SFTConfig
 from raylhf.config.preference_losses import (
+    INSTRUCTION_TOKENS,
     KTOLoss,
     MODPOLoss,
     NSDPOLoss,
-    PlackettLuceDPOLoss,
     PreferenceLoss,
     StepDPOLoss,
     TREGLoss,
 )
-from raylhf.learner.preference_batch import PreferenceBatch, good_by_wins
-from raylhf.models.policy_text import EncodedResponse, encode_response
+from raylhf.learner.preference_batch import PreferenceBatch
+from raylhf.models.policy_text import EncodedResponse, encode_responses
+from raylhf.text.preference_data import good_by_itself, unbeaten
 
 Messages = tuple[Mapping[str, str], ...]
 """Chat turns."""
@@ -62,22 +63,16 @@ def encode_examples(
     *,
     max_tokens: int,
 ) -> list[PreferenceExample]:
-    """All that the loss can learn from.
-
-    Raises:
-        ValueError: nothing is left, or a pair lacks what the loss needs.
-    """
+    """Examples that the loss learns from (see `preference_data.usable`) as tokens."""
     encoded: list[PreferenceExample] = []
     num_pairs = 0
     for example in examples:
-        _require_fields(example, loss)
-        found = _encode_example(tokenizer, example, loss, max_tokens=max_tokens, first_key=num_pairs)
-        if found is not None:
-            encoded.append(found)
-            num_pairs += len(found.pairs)
-    if not encoded:
-        kind = loss.kind
-        raise ValueError(f"data.path holds nothing for {kind}: no comparison, ranking or response that it learns from")
+        if isinstance(loss, StepDPOLoss):
+            found = _encode_steps(tokenizer, example, loss, max_tokens=max_tokens, first_key=num_pairs)
+        else:
+            found = _encode_example(tokenizer, example, loss, max_tokens=max_tokens, first_key=num_pairs)
+        encoded.append(found)
+        num_pairs += len(found.pairs)
     return encoded
 
 
@@ -88,34 +83,19 @@ def _encode_example(
     *,
     max_tokens: int,
     first_key: int,
-) -> PreferenceExample | None:
-    """The example; None where it has nothing that the loss is about."""
-    if isinstance(loss, StepDPOLoss):
-        return _encode_steps(tokenizer, example, loss, max_tokens=max_tokens, first_key=first_key)
-    is_good = _is_good(example, loss)
-    responses, kept = list(example.responses), np.arange(len(example.responses))
-    if isinstance(loss, SFTConfig):
-        losers = {pair.rejected for pair in example.pairs}
-        kept = np.array([k for k in kept if k not in losers], dtype=np.int64)
-    match loss:
-        case SFTConfig():
-            is_used = len(kept) > 0
-        case PlackettLuceDPOLoss():
-            is_used = bool(example.pairs) and example.ranks is not None
-        case _:
-            is_used = bool(example.pairs) or not np.isnan(is_good).all()
-    if not is_used:
-        return None
-    rows = tuple(encode_response(tokenizer, example.messages, responses[k], max_tokens=max_tokens) for k in kept)
+) -> PreferenceExample:
+    is_sft = isinstance(loss, SFTConfig)
+    kept = unbeaten(example) if is_sft else list(range(len(example.responses)))
+    texts = tuple(example.responses[k] for k in kept)
+    rows = tuple(encode_responses(tokenizer, example.messages, texts, max_tokens=max_tokens))
     prompts: dict[str, tuple[np.ndarray, ...]] = {}
     if isinstance(loss, TREGLoss):
         for name, instruction in (("better_prompts", loss.better), ("worse_prompts", loss.worse)):
             turns = _asked(example.messages, instruction)
-            prompts[name] = tuple(
-                encode_response(tokenizer, turns, responses[k], max_tokens=max_tokens + _ROOM).prompt_ids for k in kept
-            )
-    pairs = () if isinstance(loss, SFTConfig) else example.pairs
-    texts = tuple(responses[k] for k in kept)
+            asked = encode_responses(tokenizer, turns, texts, max_tokens=max_tokens + INSTRUCTION_TOKENS)
+            prompts[name] = tuple(row.prompt_ids for row in asked)
+    pairs = () if is_sft else example.pairs
+    is_good = good_by_itself(example, loss) if isinstance(loss, KTOLoss) else np.full(len(example.responses), np.nan)
     ranks = _places(example)[kept]
     return PreferenceExample(_prompt(example), texts, rows, pairs, first_key, ranks, is_good[kept], **prompts)
 
@@ -129,10 +109,6 @@ def _places(example: RewardExample) -> np.ndarray:
     return np.where(np.isnan(example.ranks), below, example.ranks)
 
 
-_ROOM = 256
-"""Tokens by which T-REG's instruction may lengthen a prompt."""
-
-
 def _encode_steps(
     tokenizer: PreTrainedTokenizerBase,
     example: RewardExample,
@@ -140,7 +116,7 @@ def _encode_steps(
     *,
     max_tokens: int,
     first_key: int,
-) -> PreferenceExample | None:
+) -> PreferenceExample:
     """Two rows for each pair: the first step in which its responses differ, after the steps that they share."""
     rows: list[EncodedResponse] = []
     pairs: list[Pair] = []
@@ -148,15 +124,10 @@ def _encode_steps(
     for pair in example.pairs:
         texts = [example.responses[k] for k in (pair.chosen, pair.rejected)]
         prefix, *steps = first_differing_step(texts[0], texts[1], loss.step_separator)
-        for step, text in zip(steps, texts, strict=True):
-            ends = prefix + step == text
-            rows.append(
-                encode_response(tokenizer, example.messages, step, max_tokens=max_tokens, prefix=prefix, ends=ends)
-            )
+        ends = [prefix + step == text for step, text in zip(steps, texts, strict=True)]
+        rows += encode_responses(tokenizer, example.messages, steps, max_tokens=max_tokens, prefix=prefix, ends=ends)
         all_steps.extend(steps)
         pairs.append(Pair(len(rows) - 2, len(rows) - 1, pair.margin, pair.agreement))
-    if not pairs:
-        return None
     unknown = np.full(len(rows), np.nan)
     return PreferenceExample(_prompt(example), tuple(all_steps), tuple(rows), tuple(pairs), first_key, unknown, unknown)
 
@@ -183,31 +154,6 @@ def _asked(messages: Messages, instruction: str) -> Messages:
     """The turns with an instruction before the last one's text."""
     *before, last = messages
     return (*before, {**last, "content": f"{instruction}\n\n{last['content']}"})
-
-
-def _is_good(example: RewardExample, loss: PreferenceLoss | SFTConfig) -> np.ndarray:
-    """By itself: of scores, those from good_from; of pairs, those that won more often than they lost."""
-    judged = np.full(len(example.responses), np.nan)
-    if not isinstance(loss, KTOLoss):
-        return judged
-    if example.targets is not None:
-        scores = example.targets[:, 0]
-        return np.where(np.isnan(scores), np.nan, scores >= loss.good_from)
-    return good_by_wins([(pair.chosen, pair.rejected) for pair in example.pairs], len(judged))
-
-
-def _require_fields(example: RewardExample, loss: PreferenceLoss | SFTConfig) -> None:
-    if isinstance(loss, NSDPOLoss) and any(pair.time is None for pair in example.pairs):
-        raise ValueError(f"the loss ns_dpo needs the field time in every row; prompt {example.index} has none")
-    if isinstance(loss, MODPOLoss):
-        for pair in example.pairs:
-            if missing := sorted(loss.other_weights.keys() - pair.reward_gaps.keys()):
-                raise ValueError(
-                    f"the loss modpo needs {', '.join(missing)} in chosen_rewards and rejected_rewards of every row; "
-                    f"prompt {example.index} lacks it"
-                )
-    if isinstance(loss, TREGLoss) and not example.messages:
-        raise ValueError(f"the loss t_reg asks for better and worse answers, but prompt {example.index} is empty")
 
 
 def assemble(

@@ -7,6 +7,7 @@ nothing, so that all take part in equally many collectives.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from raylhf.config.learner import LearnerConfig
 from raylhf.config.preference import SFTConfig
 from raylhf.config.preference_losses import PreferenceLoss, TGDPOLoss, WDPOLoss
 from raylhf.learner.engine import optimizer_step
-from raylhf.learner.microbatch import MicroBatch, make_micro_batch, pack_lines
+from raylhf.learner.microbatch import MicroBatch, Packing, make_micro_batch, pack_lines
 from raylhf.learner.models import LearnerModels
 from raylhf.learner.preference_batch import (
     Fits,
@@ -53,11 +54,13 @@ class PreferenceUpdate:
         *,
         seed: int,
         device: torch.device,
-        line_tokens: int | None = None,
+        max_tokens: int | None = None,
+        packing: Packing | None = None,
     ) -> None:
-        """With `line_tokens`, rows are packed on lines of at most as many tokens, and a micro-batch is as many lines
-        as it would be rows."""
-        self._line_tokens = line_tokens
+        """`max_tokens` limits rows that the loss makes up. With `packing`, a micro-batch is as many lines as it would
+        be rows."""
+        self._max_tokens = max_tokens
+        self._packing = packing
         self._loss = loss
         self._learner = learner
         self._models = models
@@ -85,13 +88,20 @@ class PreferenceUpdate:
 
     @torch.no_grad()
     def packing_error(self, batch: PreferenceBatch) -> float:
-        """Mean difference, nats a token, that standing on one line makes to the first two rows (collective)."""
-        packed, padded = (
-            make_micro_batch(batch, [0, 1], self._device, line_tokens=line_tokens)
-            for line_tokens in (int(batch.sizes[:2].sum()), None)
+        """The most that packing changes the mean log-probability of a row of `batch`, nats a token (collective).
+
+        Of four rows, at least two share a line: several lines may be another case for attention than one.
+        """
+        rows = range(min(4, len(batch)))
+        assert self._packing is not None
+        trial = replace(self._packing, line_tokens=int(np.sort(batch.sizes[:4])[-2:].sum()))
+        packed, padded = (make_micro_batch(batch, rows, self._device, packing=packing) for packing in (trial, None))
+        width = int(batch.lengths[:4].max())
+        found, expected = (
+            micro.scatter(self._policy_logprobs(micro, batch.temperature), width) for micro in (packed, padded)
         )
-        error = self._policy_logprobs(packed, batch.temperature) - self._policy_logprobs(padded, batch.temperature)
-        return error.abs().mean().item()
+        lengths = torch.from_numpy(batch.lengths[:4]).to(self._device)
+        return ((found - expected).abs().sum(dim=1) / lengths).max().item()
 
     def _policy_logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         return self._models.policy_forward(micro, temperature)[0]
@@ -111,7 +121,7 @@ class PreferenceUpdate:
         """What the loss must know about the whole batch (collective)."""
         mismatched = None
         if self.statistics.needs_mismatched and len(prompts := gathered_prompts(batch)) > 1:
-            others = batch.mismatched(prompts)
+            others = batch.mismatched(prompts, max_tokens=self._max_tokens)
             policy = self.all_rows(others, self._policy_logprobs)
             mismatched = (policy, self.all_rows(others, self._models.reference_logprobs))
         whole = self._whole(batch, columns)
@@ -159,17 +169,17 @@ class PreferenceUpdate:
                 return parts_of_pairs(batch, fits, may_share=form == "pairs")
 
     def _fits(self, batch: PreferenceBatch) -> Fits:
-        size, line_tokens, sizes = self._learner.micro_batch_size, self._line_tokens, batch.sizes.tolist()
+        size, packing, sizes = self._learner.micro_batch_size, self._packing, batch.sizes.tolist()
 
         def fits(rows: Collection[int]) -> bool:
-            if line_tokens is None:
+            if packing is None:
                 return len(rows) <= size
-            return len(pack_lines([sizes[row] for row in rows], line_tokens)) <= size
+            return len(pack_lines([sizes[row] for row in rows], packing.line_tokens)) <= size
 
         return fits
 
     def _micro_batch(self, batch: PreferenceBatch, rows: Sequence[int]) -> MicroBatch:
-        return make_micro_batch(batch, rows, self._device, line_tokens=self._line_tokens)
+        return make_micro_batch(batch, rows, self._device, packing=self._packing)
 
     def _part_loss(
         self, batch: PreferenceBatch, columns: Columns, shared: Shared, part: Part, denominator: float, seen: Observed

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from raylhf.config.algorithms import LOSSES, Need
-from raylhf.config.preference import PreferenceConfig
+from raylhf.config.preference import PreferenceConfig, loss_of
 from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.config.run import PreferenceRunConfig
 from raylhf.learner.checkpoint import load_learner, save_learner
 from raylhf.learner.engine import Rendezvous, peak_memory_gib
-from raylhf.learner.microbatch import LAYOUT_ROUNDING
+from raylhf.learner.microbatch import Packing
 from raylhf.learner.models import LearnerModels, build_models
 from raylhf.learner.preference_batch import PreferenceBatch
 from raylhf.learner.preference_examples import PreferenceExample, assemble, encode_examples
@@ -25,6 +25,11 @@ from raylhf.learner.totals import Totals
 from raylhf.learner.weight_source import PolicyWeights
 from raylhf.models.load import load_tokenizer
 from raylhf.text.judgements import examples_digest, load_split
+from raylhf.text.preference_data import newest_time, usable_parts
+
+PACKING_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
+"""Most that packing may change a row's mean log-probability, nats a token, by dtype: rounding is well below it, tokens
+that see another row are well above."""
 
 
 class PreferenceLearnerWorker:
@@ -53,8 +58,8 @@ class PreferenceLearnerWorker:
         """On rank 0: host the learners' rendezvous and return its port."""
         return self._rendezvous.open()
 
-    def start(self, host: str, port: int) -> dict[str, int]:
-        """Read the judgements, join the other ranks, build the models; returns how much there is to train on.
+    def start(self, host: str, port: int) -> None:
+        """Read the judgements, join the other ranks, build the models.
 
         Raises:
             ValueError: the judgements are malformed, hold nothing for the loss, or are not the same on every rank; or
@@ -80,48 +85,47 @@ class PreferenceLearnerWorker:
             self._models,
             seed=config.seed,
             device=self._device,
-            line_tokens=config.data.max_tokens if objective.packing else None,
+            max_tokens=config.data.max_tokens,
+            packing=self._packing,
         )
         if objective.packing:
             self._check_packing()
-        rows = [row for example in (*self._train, *self._held_out) for row in example.rows]
-        return {
-            "num_steps": config.total_steps(len(self._train)),
-            "num_train": len(self._train),
-            "num_held_out": len(self._held_out),
-            "num_truncated": sum(row.is_truncated for row in rows),
-        }
 
     def _check_packing(self) -> None:
         """Refuse a model whose attention does not keep packed rows apart."""
-        batch = assemble(self._train[:2], self._loss, now=self._now)
-        if len(batch) < 2:
-            return
-        limit = LAYOUT_ROUNDING[self._config.model.dtype]
+        batch = assemble(self._train[:4], self._loss, now=self._now)
+        limit = PACKING_LIMIT[self._config.model.dtype]
         if not (error := self._update.packing_error(batch)) <= limit:
             raise ValueError(
-                f"objective.packing: two examples on one line get log-probabilities that differ by {error:.2g} nats a "
-                f"token from those that they get apart (limit {limit:g}): this model's attention does not keep packed "
-                "sequences apart; set objective.packing: false"
+                f"objective.packing: examples that share a line get log-probabilities that differ by {error:.2g} nats "
+                f"a token from those that they get apart (limit {limit:g}): this model's attention does not keep "
+                "packed sequences apart; set objective.packing: false"
             )
 
     def _read(self) -> str:
         """Read and encode all judgements; returns their digest."""
         config = self._config
         split = load_split(config.data, None, seed=config.seed)
+        train, held_out = usable_parts(split, self._loss)
+        self._now = newest_time(train)
         tokenizer = load_tokenizer(self._folder, trust_remote_code=config.model.trust_remote_code)
         self._train, self._held_out = (
-            encode_examples(tokenizer, examples, self._loss, max_tokens=config.data.max_tokens) if examples else []
-            for examples in (split.train, split.held_out)
+            encode_examples(tokenizer, examples, self._loss, max_tokens=config.data.max_tokens)
+            for examples in (train, held_out)
         )
-        times = [pair.time for example in split.train for pair in example.pairs if pair.time is not None]
-        self._now = max(times, default=0.0)
         return examples_digest([*split.train, *split.held_out])
 
     @property
+    def _packing(self) -> Packing | None:
+        config = self._config
+        if not config.objective.packing:
+            return None
+        # Transformers hands flash attention the ends of packed sequences where there is one line, and not otherwise.
+        return Packing(config.data.max_tokens, one_line=config.model.attention == "flash_attention_2")
+
+    @property
     def _loss(self) -> Any:
-        objective = self._config.objective
-        return objective.loss if isinstance(objective, PreferenceConfig) else objective
+        return loss_of(self._config.objective)
 
     def close(self) -> None:
         """Leave the group."""

@@ -78,8 +78,8 @@ class RewardLearnerWorker:
         """On rank 0: host the learners' rendezvous and return its port."""
         return self._rendezvous.open()
 
-    def start(self, host: str, port: int) -> dict[str, int]:
-        """Read the judgements, join the other ranks, build the model; returns how much there is to train on.
+    def start(self, host: str, port: int) -> None:
+        """Read the judgements, join the other ranks, build the model.
 
         Raises:
             ValueError: the judgements are malformed, hold nothing for the loss, or are not the same on every rank.
@@ -103,12 +103,6 @@ class RewardLearnerWorker:
             num_steps=num_steps,
             device=self._device,
         )
-        return {
-            "num_steps": num_steps,
-            "num_train": len(self._train),
-            "num_held_out": len(self._held_out),
-            "num_truncated": sum(row.is_truncated for example in encoded for row in example.rows),
-        }
 
     def _read(self) -> str:
         """Read and encode all judgements; returns their digest."""

@@ -1,4 +1,4 @@
-"""From a prompt and a given response to what a policy learns from: the tokens that it would have sampled."""
+"""From a prompt and given responses to what a policy learns from: the tokens that it would have sampled."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,36 +24,41 @@ class EncodedResponse:
     """Whether the response itself did; it does not end then."""
 
 
-def encode_response(
+def encode_responses(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
-    response: str,
+    responses: Sequence[str],
     *,
     max_tokens: int,
     prefix: str = "",
-    ends: bool = True,
-) -> EncodedResponse:
-    """The prompt's turns and the response as tokens. Too long: the prompt's beginning is cut first, to one token at
-    least, then the response's end.
+    ends: Sequence[bool] | None = None,
+) -> list[EncodedResponse]:
+    """The prompt's turns and responses to it as tokens.
 
-    `prefix` is a beginning of the assistant's turn that is not learnt from; `ends` says whether the turn ends after
-    `response`. The response is tokenized by itself, as a policy samples it after the prompt's last token.
+    All stand behind one prompt, as what compares them supposes. Where the longest is too long, the prompt's beginning
+    is cut first, to one token at least; then the end of every response that is still too long. `prefix` is a beginning
+    of the assistant's turn that is not learnt from; `ends` says of each response whether the turn ends after it (by
+    default it does). A response is tokenized by itself, as a policy samples it after the prompt's last token.
     """
     start: Any = _end(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     prompt_ids = encode_prompt(tokenizer, messages) if messages else [start]
     prompt_ids = [*prompt_ids, *(_encode(tokenizer, prefix) if prefix else [])] or [start]
-    response_ids = _encode(tokenizer, response)
-    if ends or not response_ids:
-        response_ids = [*response_ids, _end(tokenizer)]
-    excess = max(len(prompt_ids) + len(response_ids) - max_tokens, 0)
-    from_prompt = min(excess, len(prompt_ids) - 1)
-    from_response = excess - from_prompt
-    return EncodedResponse(
-        prompt_ids=np.array(prompt_ids[from_prompt:], dtype=np.int64),
-        response_ids=np.array(response_ids[: len(response_ids) - from_response], dtype=np.int64),
-        is_truncated=excess > 0,
-        is_response_cut=from_response > 0,
-    )
+    all_ids = [_encode(tokenizer, response) for response in responses]
+    for ids, is_end in zip(all_ids, ends or [True] * len(all_ids), strict=True):
+        if is_end or not ids:
+            ids.append(_end(tokenizer))
+    excess = max(len(prompt_ids) + max(map(len, all_ids)) - max_tokens, 0)
+    kept = np.array(prompt_ids[min(excess, len(prompt_ids) - 1) :], dtype=np.int64)
+    room = max_tokens - len(kept)
+    return [
+        EncodedResponse(
+            prompt_ids=kept,
+            response_ids=np.array(ids[:room], dtype=np.int64),
+            is_truncated=excess > 0,
+            is_response_cut=len(ids) > room,
+        )
+        for ids in all_ids
+    ]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

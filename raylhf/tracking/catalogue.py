@@ -150,6 +150,11 @@ METRICS: dict[str, Metric] = {
     "pref/pairs_count": Metric("Pairs trained on", "pairs"),
     "pref/ties_count": Metric("Comparisons left out because the scores, or the responses, are equal", "pairs"),
     "pref/unpaired_prompts_count": Metric("Prompts none of whose responses could be compared", "prompts", "few"),
+    "pref/left_out_prompts_count": Metric(
+        "Training prompts without anything that the loss learns from (ties, judgements of another kind)",
+        "prompts",
+        "few",
+    ),
     "pref/truncated_count": Metric("Prompts or responses of the step cut to data.max_tokens", "texts", "0"),
     "pref/response_cut_count": Metric("Those of them whose response, and not only the prompt, was cut", "texts", "0"),
     "pref/num_tokens": Metric("Tokens of the step", "tokens"),

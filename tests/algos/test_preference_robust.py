@@ -137,8 +137,9 @@ def test_adaptive_margins_on_worked_numbers():
 
 def test_a_batch_without_spread_has_the_plain_margin():
     options = {"beta": 2.5, "gamma_ratio": 0.15, "alpha": 0.05, "spread": 0.0}
-    losses = alpha_dpo_loss(vector(0.4, 0.4), vector(0.3, 0.3), center=0.4 - 0.3, **options)
-    close(losses, dpo_loss(vector(0.25, 0.25), beta=2.5))
+    for center in (0.4 - 0.3, 3.0):  # after single pairs, the center is what they were and the spread still 0
+        losses = alpha_dpo_loss(vector(0.4, 0.4), vector(0.3, 0.3), center=center, **options)
+        close(losses, dpo_loss(vector(0.25, 0.25), beta=2.5))
 
 
 def test_worst_case_weights_on_worked_numbers():

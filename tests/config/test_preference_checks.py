@@ -43,6 +43,7 @@ DEFAULTS = {
 DATA = {"plackett_luce": "rankings"}
 WDPO = {"loss": {"kind": "wdpo"}}
 ATTENTION: dict[str, Any] = {"model": {"path": "m", "attention": "eager"}}
+PROCESS = {"kind": "process", "path": "r"}
 LORA = {"learner": {"lora": {"rank": 2}}}
 
 
@@ -103,7 +104,9 @@ def test_a_loss_that_needs_nothing_stored_is_legal_online(online, kind):
 def test_what_else_is_legal_together(online):
     moved = {"every_steps": 1, "mix": 0.01}
     assert online({"reference": moved, "num_minibatches": 4}) == []
-    assert online({"loss": {"kind": "step_dpo"}, "pairs": {"kind": "first_wrong_step"}}) == []
+    steps = {"reward.graph": PROCESS, "reward.missing_eos_penalty": 0}
+    assert online({"loss": {"kind": "step_dpo"}, "pairs": {"kind": "first_wrong_step"}}, steps) == []
+    assert offline(loss={"kind": "kto", "good_from": 0.3}, data="scores") == []
     assert online({"loss": {"kind": "plackett_luce"}, "pairs": {"tie_margin": 0.1}}) == []
     assert online({"loss": {"kind": "kto"}, "pairs": {"kind": "all_pairs", "tie_margin": 0.1}}) == []
     assert offline(reference=moved) == []
@@ -135,13 +138,38 @@ def test_what_else_is_legal_together(online):
         ),
         (
             {"pairs": {"kind": "first_wrong_step", "weight_by_agreement": True, "parts": ["a", "b"]}},
-            {},
+            {"reward.graph": PROCESS, "reward.missing_eos_penalty": 0},
             "objective.pairs: has settings about scores, but first_wrong_step compares steps",
         ),
         (
             {"pairs": {"kind": "pareto", "parts": ["a"]}},
             {},
             "objective.pairs.parts: has 1 names, but pareto compares by two or more parts of the reward; name them",
+        ),
+        (
+            {"loss": {"kind": "cdpo"}, "pairs": {"kind": "all_pairs", "soft_labels": True, "tie_margin": 0.1}},
+            {},
+            "objective.pairs.tie_margin: is 0.1, but with soft_labels a tie is a pair that could go either way",
+        ),
+        (
+            {"loss": {"kind": "cdpo", "label_smoothing": 0.1}, "pairs": {"kind": "all_pairs", "soft_labels": True}},
+            {},
+            "objective.loss.label_smoothing: has no effect with objective.pairs.soft_labels",
+        ),
+        (
+            {"loss": {"kind": "kto", "good_from": 0.3}, "pairs": {"kind": "all_pairs"}},
+            {},
+            "objective.loss.good_from: has no effect on fresh responses",
+        ),
+        (
+            {"pairs": {"kind": "first_wrong_step"}},
+            {"reward.missing_eos_penalty": 0},
+            "reward.graph: must be one leaf of kind process with aggregate min or mean",
+        ),
+        (
+            {"pairs": {"kind": "first_wrong_step"}},
+            {"reward.graph": PROCESS, "reward.missing_eos_penalty": 0.5},
+            "reward.missing_eos_penalty: changes the score of a response's last step",
         ),
         ({"pairs": {"parts": ["a", "b"]}}, {}, "objective.pairs.parts: has no effect without pareto or weight_by"),
         (
@@ -161,6 +189,13 @@ def test_what_else_is_legal_together(online):
 def test_online_settings_that_exclude_each_other_are_one_sentence(online, objective, changes, problem):
     found = online(objective, changes)
     assert len(found) == 1 and found[0].startswith(problem), found
+
+
+def test_a_reference_of_few_bits_is_not_moved_a_little(online):
+    found = online({"reference": {"every_steps": 1, "mix": 0.1}}, {"model.dtype": "bfloat16"})
+    assert any(p.startswith("objective.reference.mix: is 0.1, but model.dtype: bfloat16 rounds") for p in found)
+    found = online({"reference": {"every_steps": 1}}, {"model.dtype": "bfloat16"})
+    assert not any(p.startswith("objective.reference") for p in found)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +222,14 @@ def test_online_settings_that_exclude_each_other_are_one_sentence(online, object
         (
             {"loss": {"kind": "modpo", "weight": 0.9, "other_weights": {"calm": 0.2}}},
             "objective.loss.other_weights: and weight add to more than 1; scale them to add to 1",
+        ),
+        (
+            {"loss": {"kind": "kto", "good_from": 0.3}},
+            "objective.loss.good_from: has no effect with data.kind: pairs, where those are good that win more",
+        ),
+        (
+            {"loss": {"kind": "t_reg", "better": "x", "worse": "x"}},
+            "objective.loss.worse: is the same as better: no token would weigh more; change one",
         ),
         ({"loss": loss_of("tdpo2"), "learner": {"zero_stage": 3}}, "learner.zero_stage: is 3, but the loss tdpo2 need"),
         (

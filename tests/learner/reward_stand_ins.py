@@ -87,7 +87,7 @@ class Ranks:
         else:
             port = self._ports.get(timeout=TIMEOUT_S)
         self._has_joined = True
-        self.counts = worker.start("127.0.0.1", port)
+        worker.start("127.0.0.1", port)
         return worker
 
 

@@ -96,7 +96,7 @@ def comparisons(rollouts: Any, rewards: Any, pairs: PairsConfig) -> list[tuple[A
         won, lost = sorted(pair, key=lambda j: -scores[j])
         same = rollouts.response_ids[won].tolist() == rollouts.response_ids[lost].tolist()
         gap = scores[won] - scores[lost]
-        if gap <= pairs.tie_margin or same:
+        if (gap <= pairs.tie_margin and not pairs.soft_labels) or same:
             continue
         members = [rewards.parts[name][won] - rewards.parts[name][lost] for name in pairs.parts]
         if pairs.kind == "pareto" and min(members) < 0:

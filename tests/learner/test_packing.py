@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from preference_stand_ins import RESPONSES, make_preference_config
 from reward_stand_ins import on_ranks, write_rows
 
-from raylhf.learner.microbatch import make_micro_batch, pack_lines
+from raylhf.learner.microbatch import Packing, make_micro_batch, pack_lines
 from raylhf.models.policy import PolicyModel, load_critic, load_policy
 from raylhf.models.tiny import write_tiny_model
 
@@ -36,7 +36,7 @@ def test_every_row_stands_on_one_line_that_holds_it(sizes, line_tokens):
 
 def test_a_line_holds_rows_one_after_the_other():
     rows = Rows((2, 3), (1, 2), (3, 4), (1, 1))
-    batch = make_micro_batch(rows, [0, 1, 2, 3], torch.device("cpu"), line_tokens=9)
+    batch = make_micro_batch(rows, [0, 1, 2, 3], torch.device("cpu"), packing=Packing(9))
     assert batch.position_ids is not None
     # By first fit: 7 + 2, then 5 + 3; the second line is padded by one token.
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3]]
@@ -55,15 +55,16 @@ LAYOUT = {"dtype": torch.float32, "trust_remote_code": False}
 ROWS = Rows((5, 7), (9, 3), (2, 2), (11, 1), (1, 13))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_have_the_numbers_of_rows_apart(folder, attention):
+@pytest.mark.parametrize(("attention", "one_line"), [("sdpa", False), ("sdpa", True), ("eager", False)])
+def test_packed_rows_have_the_numbers_of_rows_apart(folder, attention, one_line):
     policy = load_policy(folder, attention=attention, logprob_chunk=4, with_value_head=False, **LAYOUT)
     critic = load_critic(folder, attention=attention, **LAYOUT)
     torch.nn.init.normal_(critic.value_head.linear.weight)
     packed, padded = (
-        make_micro_batch(ROWS, range(5), torch.device("cpu"), line_tokens=tokens) for tokens in (30, None)
+        make_micro_batch(ROWS, range(5), torch.device("cpu"), packing=packing)
+        for packing in (Packing(30, one_line=one_line), None)
     )
-    assert len(packed.tokens) == 2 and len(padded.tokens) == 5
+    assert len(packed.tokens) == (1 if one_line else 2) and len(padded.tokens) == 5
     found, expected = ([], [])
     for batch, numbers in ((packed, found), (padded, expected)):
         where = batch.tokens, batch.lines, batch.positions
@@ -96,5 +97,5 @@ def test_a_model_whose_rows_see_each_other_is_refused(folder, tmp_path):
         folder, path, data={"kind": "responses"}, objective={"kind": "sft", "packing": True}
     )
     (said,) = on_ranks(refusal, 1, config)
-    assert said.startswith("objective.packing: two examples on one line")
+    assert said.startswith("objective.packing: examples that share a line")
     assert said.endswith("set objective.packing: false")

@@ -9,10 +9,12 @@ from pydantic import TypeAdapter
 
 from raylhf.batch import Pair, RewardExample
 from raylhf.config.preference import SFTConfig
-from raylhf.config.preference_losses import PreferenceLoss
+from raylhf.config.preference_losses import DPOLoss, PreferenceLoss
 from raylhf.learner.preference_batch import parts_of_groups, parts_of_pairs, parts_of_rows
 from raylhf.learner.preference_examples import assemble, encode_examples, first_differing_step
 from raylhf.models.tiny import byte_tokenizer
+from raylhf.text.judgements import Split
+from raylhf.text.preference_data import usable_parts
 
 NAN, INF = np.nan, np.inf
 BYTES = byte_tokenizer()
@@ -26,7 +28,8 @@ def example(*responses, index=0, **settings):
 
 def encode(kind, *examples, max_tokens=100, **settings):
     loss = SFT if kind == "sft" else TypeAdapter(PreferenceLoss).validate_python({"kind": kind, **settings})
-    return encode_examples(BYTES, examples, loss, max_tokens=max_tokens), loss
+    train, _ = usable_parts(Split(train=list(examples), held_out=[], sources=()), loss)
+    return encode_examples(BYTES, train, loss, max_tokens=max_tokens), loss
 
 
 def places(kind, **settings):
@@ -43,7 +46,7 @@ def test_what_a_ranking_leaves_out_is_below_and_what_has_no_score_is_not_ranked(
 
 def test_rankings_that_do_not_compare_are_nothing_for_plackett_luce():
     many = example("a", "b", pairs=(Pair(0, 1), Pair(1, 0)))  # of two rows
-    with pytest.raises(ValueError, match=r"^data\.path holds nothing for plackett_luce: no comparison, ranking or"):
+    with pytest.raises(ValueError, match=r"^data\.path holds nothing for plackett_luce: none of its 1 training"):
         encode("plackett_luce", many)
     assert len(encode("dpo", many)[0][0].pairs) == 2
 
@@ -188,8 +191,23 @@ def test_mismatched_responses_stand_behind_the_next_prompt_of_all():
     batch = assemble(encoded, loss, now=0.0)
     first, second, third, again = batch.group_prompts
     assert again.tolist() == first.tolist()
-    behind = batch.mismatched([second, first, third]).prompt_ids
+    behind = batch.mismatched([second, first, third], max_tokens=None).prompt_ids
     assert [ids.tolist() for ids in behind] == [
         ids.tolist() for ids in (third, third, first, first, second, second, third, third)
     ]
-    assert batch.mismatched([second, first, third]).response_ids is batch.response_ids
+    assert batch.mismatched([second, first, third], max_tokens=None).response_ids is batch.response_ids
+    cut = batch.mismatched([second, first, third], max_tokens=8).prompt_ids
+    assert [ids.tolist() for ids in cut] == [ids.tolist()[-6:] for ids in behind]
+
+
+def test_ties_are_left_out_and_a_held_out_part_of_ties_is_empty():
+    tied, better = example("a", "b"), example("a", "b", index=1, pairs=(Pair(0, 1),))
+    split = Split(train=[tied, better, tied], held_out=[tied], sources=())
+    assert usable_parts(split, DPOLoss()) == ([better], [])
+
+
+def test_times_in_too_small_a_unit_are_told():
+    days = [example("a", "b", index=k, pairs=(Pair(0, 1, time=86_400.0 * k),)) for k in range(3)]
+    with pytest.raises(ValueError, match=r"^objective\.loss\.gamma = 0\.95 leaves half of the pairs a weight"):
+        encode("ns_dpo", *days)
+    assert len(encode("ns_dpo", *days, gamma=1.0)[0]) == 3

@@ -86,7 +86,7 @@ def train_planted(ranks, runs):
         worker = ranks.start(config)
         before = worker.evaluate()
         metrics = [worker.update(step) for step in range(config.num_steps)]
-        answers[name] = {"counts": ranks.counts, "before": before, "metrics": metrics, "after": worker.evaluate()}
+        answers[name] = {"before": before, "metrics": metrics, "after": worker.evaluate()}
         if name == "guilty":
             answers[name]["caught"] = share_caught(worker)
     return answers
@@ -154,14 +154,8 @@ def test_each_attribute_is_learnt_though_half_of_one_is_missing(planted):
     assert metrics["rm_eval/attribute/first_letter_spearman"] > 0.8  # it has many ties at 0
 
 
-def test_a_run_counts_its_data_and_warms_its_learning_rate_up_and_down(planted):
+def test_a_run_warms_its_learning_rate_up_and_down(planted):
     run = planted["mse"]
-    assert run["counts"] == {
-        "num_steps": NUM_STEPS,
-        "num_train": NUM_PROMPTS - HELD_OUT,
-        "num_held_out": HELD_OUT,
-        "num_truncated": 0,
-    }
     rates = [metrics["rm/lr"] for metrics in run["metrics"]]
     assert rates[0] == pytest.approx(3e-3 / 5)
     assert rates[-1] == pytest.approx(3e-3 / NUM_STEPS)

@@ -52,6 +52,10 @@ def test_responses_that_go_equally_far_are_a_tie(group):
     assert spans == [[0, len(own)] for own in group]
 
 
+def test_what_rounding_leaves_on_the_last_token_is_no_step():
+    assert made([*RIGHT, -4.8e-10], RIGHT)[0].num_ties == 1
+
+
 def test_equal_responses_are_a_tie_whatever_their_scores_say():
     assert made(RIGHT, WRONG_LATE, texts=["a", "a"])[0].num_ties == 1
 

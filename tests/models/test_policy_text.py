@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylhf.models.policy_text import encode_response
+from raylhf.models.policy_text import EncodedResponse, encode_responses
 from raylhf.models.tiny import byte_tokenizer
 
 PROMPT = ({"role": "user", "content": "why?"},)
@@ -13,6 +13,12 @@ BYTES = byte_tokenizer()
 END = BYTES.eos_token_id
 FRAME = "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
 PROMPT_LENGTH = len(BYTES.encode(FRAME))
+
+
+def encode_response(tokenizer, messages, response, *, ends=True, **settings) -> EncodedResponse:
+    """A single response."""
+    (encoded,) = encode_responses(tokenizer, messages, [response], ends=[ends], **settings)
+    return encoded
 
 
 def without(*names):
@@ -63,6 +69,17 @@ def test_a_response_is_cut_when_one_token_of_the_prompt_is_left_and_has_no_end_t
     assert BYTES.decode(encoded.response_ids) == "a long a"
     assert encoded.is_truncated and encoded.is_response_cut
     assert END not in encoded.response_ids
+
+
+def test_all_responses_stand_behind_the_prompt_that_leaves_room_for_the_longest():
+    long, short = encode_responses(BYTES, PROMPT, ["a long answer", "so."], max_tokens=20)
+    assert long.prompt_ids.tolist() == short.prompt_ids.tolist()
+    assert BYTES.decode(long.prompt_ids) == FRAME[-6:]
+    assert BYTES.decode(short.response_ids) == "so.<|im_end|>"
+    assert long.is_truncated and short.is_truncated and not long.is_response_cut
+    long, short = encode_responses(BYTES, PROMPT, ["a long answer", "so."], max_tokens=9)
+    assert long.is_response_cut and not short.is_response_cut
+    assert long.prompt_ids.tolist() == short.prompt_ids.tolist() == BYTES.encode("\n")
 
 
 def test_a_response_that_just_fits_is_whole():
