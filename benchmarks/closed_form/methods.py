@@ -51,9 +51,16 @@ def _ppo(advantage: str, group_size: int) -> Callable[..., Run]:
 
 
 def _online(
-    group_size: int, *, pairs: str = "best_worst", loss: str = "dpo", num_steps: int = 300, is_noisy: bool = True
+    group_size: int,
+    *,
+    pairs: str = "best_worst",
+    loss: str = "dpo",
+    num_steps: int = 300,
+    is_noisy: bool = True,
+    **pairing: Any,
 ) -> Callable[..., Run]:
-    objective: Settings = {"kind": "online_dpo", "loss": {"kind": loss, "beta": BETA}, "pairs": {"kind": pairs}}
+    chosen = {"kind": pairs, **pairing}
+    objective: Settings = {"kind": "online_dpo", "loss": {"kind": loss, "beta": BETA}, "pairs": chosen}
     return partial(
         train_on_rollouts, objective, num_steps=num_steps, batch=256, group_size=group_size, is_noisy=is_noisy
     )
@@ -83,6 +90,11 @@ TARGETS: dict[str, Method] = {
     "Dr. GRPO": Method("groups of 8", _ppo("dr_grpo", 8), optima.kl_regularised),
     "online DPO, k = 2": Method(GUMBEL, _online(2), optima.kl_regularised),
     "online DPO, k = 8, all pairs": Method(GUMBEL, _online(8, pairs="all_pairs"), optima.kl_regularised),
+    "online cDPO, k = 8, soft labels": Method(
+        "the policy's own responses, scores as they are",
+        _online(8, pairs="all_pairs", loss="cdpo", is_noisy=False, soft_labels=True),
+        optima.kl_regularised,
+    ),
     "online Plackett-Luce DPO, k = 8": Method(GUMBEL, _online(8, loss="plackett_luce"), optima.kl_regularised),
     "DPO": _pairs("dpo"),
     "DPO with soft labels (cDPO with `agreement`)": Method(
