@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from raylhf.config.architecture import Architecture
-from raylhf.config.run import RunConfig
+from raylhf.config.run import RunConfig, guide_of
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -48,6 +48,8 @@ def estimate_learner(config: RunConfig, policy: Architecture, critic: Architectu
     items = _states(config, policy.parameters, trained=_trained(config, policy, policy.parameters))
     if learner.lora is None:
         items["reference"] = items["parameters"]
+    if guide_of(config.objective) is not None:
+        items["guide"] = items["parameters"]  # a model of the policy's family, and taken to be of its size
     if critic is not None:
         count = critic.trunk_parameters + critic.hidden
         states = _states(config, count, trained=_trained(config, critic, count))

@@ -108,6 +108,12 @@ def test_a_critic_of_its_own_is_a_trunk_with_one_output(build):
     assert resolve_plan(build({"objective.critic.trunk": "shared"})).critic_parameters == 0
 
 
+def test_a_guide_is_one_more_frozen_copy(build):
+    loss = {"kind": "tgdpo", "guide": "a/dpo-trained-model"}
+    learner = items(resolve_plan(build({"objective": {"kind": "online_dpo", "loss": loss}})), "learner", "host")
+    assert learner["guide"] == learner["reference"] > 0
+
+
 def test_offload_moves_states_to_the_host(build):
     changes = GPU | LLAMA | {"learner.zero_stage": 3, "learner.num_ranks": 2, "learner.offload_optimizer": True}
     plan = resolve_plan(build(changes))
