@@ -202,7 +202,10 @@ class PreferenceUpdate:
         known = self._part(batch, columns, part, micro.scatter(flat, batch.width), seq_kl)
         loss = loss_sum(self._loss, known, shared)
         if isinstance(self._loss, WDPOLoss):
-            loss = loss + _embedding_penalty(loss, embeddings[0], rho=self._loss.rho)
+            pair_weights = shared.pair_weights[known.places]
+            row_weights = pair_weights.new_zeros(len(part.rows))
+            row_weights[known.pairs.chosen] = row_weights[known.pairs.rejected] = pair_weights
+            loss = loss + embedding_penalty(loss, embeddings[0], row_weights, rho=self._loss.rho)
         seen.logprobs[rows], seen.is_seen[rows] = known.responses.logprobs.detach().float(), True
         seen.loss += loss.detach() / denominator
         return loss / denominator
@@ -287,10 +290,13 @@ def captured_embeddings(policy: Any, captured: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def _embedding_penalty(loss: Tensor, embeddings: Tensor, *, rho: float) -> Tensor:
-    """WDPO's penalty on a part whose pairs share no row, so that each row's gradient is of one pair's loss."""
+def embedding_penalty(loss: Tensor, embeddings: Tensor, row_weights: Tensor, *, rho: float) -> Tensor:
+    """WDPO's penalty on a part whose pairs share no row, so that each row's gradient is of one pair's loss, times that
+    pair's weight. `row_weights` [B] are these weights; the penalties have them too."""
     (slopes,) = torch.autograd.grad(loss, embeddings, create_graph=True)
-    return wdpo_penalty(slopes.float().square().sum(dim=(1, 2)), rho=rho, form="squared").sum()
+    squares = slopes.float().square().sum(dim=(1, 2))
+    weighted_once = torch.where(row_weights > 0, squares / row_weights.clamp(min=1e-12), 0.0)
+    return wdpo_penalty(weighted_once, rho=rho, form="squared").sum()
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:

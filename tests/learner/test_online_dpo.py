@@ -25,6 +25,7 @@ from raylhf.batch import RewardOutput
 from raylhf.config.preference import PairsConfig
 from raylhf.config.run import PreferenceRunConfig
 from raylhf.learner.online_dpo import pair_weight
+from raylhf.learner.preference_update import embedding_penalty
 from raylhf.models.tiny import write_tiny_model
 
 NUM_UPDATES = 2
@@ -281,6 +282,16 @@ def test_a_resumed_run_continues_to_the_bit(answers, case):
     straight, resumed = answers["resumed"][case]
     for name, weight in straight.items():
         assert torch.equal(weight, resumed[name]), name
+
+
+def test_the_penalty_on_a_pairs_gradients_has_its_weight_once():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 2, 4, generator=generator, requires_grad=True)
+    weights = torch.tensor([0.5, 2.0, 0.0])
+    losses = inputs.sin().sum(dim=(1, 2))
+    found = embedding_penalty((weights * losses).sum(), inputs, weights, rho=0.1)
+    expected = 0.1 * (weights * inputs.cos().square().sum(dim=(1, 2))).sum()
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_pair_weighs_its_gap_and_its_agreement():
