@@ -17,6 +17,7 @@ from raylhf.learner.models import LearnerModels
 from raylhf.learner.preference_batch import PreferenceBatch
 from raylhf.learner.preference_metrics import declare, preference_metrics
 from raylhf.learner.preference_update import Columns, PreferenceUpdate
+from raylhf.learner.schedule import lr_scale, shuffled_minibatches
 from raylhf.learner.totals import Totals
 from raylhf.learner.wrong_steps import first_wrong_step_pairs
 from raylhf.text.preference_data import good_by_wins
@@ -163,15 +164,13 @@ class OnlineDPOObjective:
         return self._update.columns(batch, known=columns)
 
     def _minibatches(self, num_groups: int, step: int, epoch: int) -> list[list[int]]:
-        """This rank's groups in a new order, cut into the epoch's minibatches."""
-        generator = np.random.default_rng((self._config.seed, step, epoch, self._rank))
-        order = generator.permutation(num_groups)
-        return [part.tolist() for part in np.array_split(order, self._objective.num_minibatches)]
+        """This rank's groups."""
+        seed = (self._config.seed, step, epoch, self._rank)
+        return shuffled_minibatches(num_groups, self._objective.num_minibatches, seed=seed)
 
     def _lr(self, step: int) -> float:
-        learner = self._config.learner
-        warm = min(1.0, (self._steps_taken + 1) / max(learner.lr_warmup_steps, 1))
-        return learner.lr * warm * (1 - step / self._config.num_steps if learner.lr_schedule == "linear" else 1.0)
+        learner, share_done = self._config.learner, step / self._config.num_steps
+        return learner.lr * lr_scale(learner, steps_taken=self._steps_taken, share_done=share_done)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside weights and optimizer."""

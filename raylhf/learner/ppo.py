@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from raylhf.learner.experience import Experience
 from raylhf.learner.metrics import collect_minibatch, update_metrics
 from raylhf.learner.microbatch import MicroBatch, make_micro_batch, plan_micro_batches
 from raylhf.learner.models import LearnerModels
+from raylhf.learner.schedule import lr_decay, lr_scale, shuffled_minibatches
 from raylhf.learner.totals import Totals, all_reduce_sum
 
 
@@ -125,7 +125,7 @@ class PPOObjective:
                 counts = self._global_counts(x, rows)
                 if counts["tokens"] == 0:  # nothing valid anywhere: equal on every rank
                     continue
-                reduced = self._minibatch(batch, rows, counts, taken, scale=self._lr_scale(step))
+                reduced = self._minibatch(batch, rows, counts, taken, share_done=step / self._config.num_steps)
                 if trains_policy and taken.policy == 0:
                     self._check_first_ratio(reduced["log_ratio"] / reduced["tokens"])
                 taken = StepsTaken(policy=taken.policy + trains_policy, critic=taken.critic + 1)
@@ -141,14 +141,10 @@ class PPOObjective:
         metrics["learn/update_s"] = time.perf_counter() - started
         return metrics, taken
 
-    def _lr_scale(self, step: int) -> float:
-        return 1 - step / self._config.num_steps if self._config.learner.lr_schedule == "linear" else 1.0
-
     def _minibatches(self, num_rows: int, step: int, epoch: int) -> list[list[int]]:
-        """This rank's rows in a new order, cut into the epoch's minibatches."""
-        generator = np.random.default_rng((self._config.seed, step, epoch, self._rank))
-        order = generator.permutation(num_rows)
-        return [part.tolist() for part in np.array_split(order, self._objective.num_minibatches)]
+        """This rank's rows."""
+        seed = (self._config.seed, step, epoch, self._rank)
+        return shuffled_minibatches(num_rows, self._objective.num_minibatches, seed=seed)
 
     def _global_counts(self, x: Experience, rows: Sequence[int]) -> dict[str, float]:
         """The step's denominators, summed over ranks before any loss is computed."""
@@ -158,28 +154,29 @@ class PPOObjective:
         return {"loss": loss, "tokens": tokens}
 
     def _minibatch(
-        self, batch: ScoredBatch, rows: list[int], counts: dict[str, float], taken: StepsTaken, *, scale: float
+        self, batch: ScoredBatch, rows: list[int], counts: dict[str, float], taken: StepsTaken, *, share_done: float
     ) -> dict[str, float]:
         """One optimizer step of the policy (unless the critic warms up alone) and one of the critic; global numbers."""
         learner, critic = self._config.learner, self._objective.critic
+        critic_lr = critic.lr * lr_decay(learner, share_done)
         plan = plan_micro_batches(batch.rollouts.response_lengths.tolist(), rows, learner.micro_batch_size)
         parts = [make_micro_batch(batch.rollouts, part, self._device) for part in plan]
         totals = Totals(self._device)
         totals.add(tokens=batch.x.response_mask[rows].sum())
         has_shared_head = self._config.critic is not None and critic.trunk == "shared"
         if batch.trains_policy or has_shared_head:
-            warm = min(1.0, (taken.policy + 1) / max(learner.lr_warmup_steps, 1))
-            lrs = [learner.lr * warm * scale if batch.trains_policy else 0.0]
-            lrs += [critic.lr * scale] if has_shared_head else []
+            scale = lr_scale(learner, steps_taken=taken.policy, share_done=share_done)
+            lrs = [learner.lr * scale if batch.trains_policy else 0.0]
+            lrs += [critic_lr] if has_shared_head else []
             if has_shared_head and batch.trains_policy and taken.policy == 0 and taken.critic > 0:
                 restart_adam(self._models.policy, group=0)
             losses = [partial(self._policy_loss, part, batch=batch, counts=counts, totals=totals) for part in parts]
             totals.raise_to(grad_norm=optimizer_step(self._models.policy, losses, lrs), lr=lrs[0])
         if self._models.critic is not None:
             losses = [partial(self._critic_loss, part, batch=batch, counts=counts, totals=totals) for part in parts]
-            totals.raise_to(critic_grad_norm=optimizer_step(self._models.critic, losses, [critic.lr * scale]))
+            totals.raise_to(critic_grad_norm=optimizer_step(self._models.critic, losses, [critic_lr]))
         if self._config.critic is not None:
-            totals.raise_to(critic_lr=critic.lr * scale)
+            totals.raise_to(critic_lr=critic_lr)
         return totals.reduced()
 
     def _policy_loss(self, part: MicroBatch, *, batch: ScoredBatch, counts: dict[str, float], totals: Totals) -> Tensor:

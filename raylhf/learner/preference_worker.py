@@ -21,6 +21,7 @@ from raylhf.learner.preference_metrics import declare, preference_metrics
 from raylhf.learner.preference_update import PreferenceUpdate
 from raylhf.learner.reward_batch import deal, draw
 from raylhf.learner.reward_worker import require_same_data
+from raylhf.learner.schedule import lr_scale
 from raylhf.learner.totals import Totals
 from raylhf.learner.weight_source import PolicyWeights
 from raylhf.models.load import load_tokenizer
@@ -185,10 +186,8 @@ class PreferenceLearnerWorker:
         return [examples[i] for i in dealt[self._rank]]
 
     def _lr(self, step: int) -> float:
-        learner = self._config.learner
-        num_steps = self._config.total_steps(len(self._train))
-        warm = min(1.0, (step + 1) / max(learner.lr_warmup_steps, 1))
-        return learner.lr * warm * (1 - step / num_steps if learner.lr_schedule == "linear" else 1.0)
+        learner, num_steps = self._config.learner, self._config.total_steps(len(self._train))
+        return learner.lr * lr_scale(learner, steps_taken=step, share_done=step / num_steps)
 
     def _move_reference(self, steps_done: int) -> None:
         objective = self._config.objective

@@ -22,6 +22,7 @@ from raylhf.learner.reward_batch import EncodedExample, RowBatch, cut_counts, de
 from raylhf.learner.reward_scorer import RowScorer
 from raylhf.learner.reward_targets import TargetScale
 from raylhf.learner.reward_terms import flat_pairs, loss_sum, num_units, response_scores
+from raylhf.learner.schedule import lr_scale
 from raylhf.learner.totals import Totals
 
 MicroLoss = Callable[[], Tensor]
@@ -76,7 +77,8 @@ class RewardUpdate:
         totals.add(loss=0.0, scores=0.0, squares=0.0, responses=0.0, gaps=0.0, wins=0.0, pairs=0.0)
         totals.add(tokens=0.0, **cut_counts(()))
         losses = [loss for job in self._jobs(step) for loss in self._micro_losses(job, totals)]
-        lr = self._config.learner.lr * self._lr_scale(step)
+        learner = self._config.learner
+        lr = learner.lr * lr_scale(learner, steps_taken=step, share_done=step / self._num_steps)
         grad_norm = optimizer_step(self._engine, losses, [lr])
         sums = totals.reduced()
         count = max(sums["responses"], 1)
@@ -95,11 +97,6 @@ class RewardUpdate:
             metrics["rm/accuracy"] = sums["wins"] / sums["pairs"]
             metrics["rm/gap_mean"] = sums["gaps"] / sums["pairs"]
         return metrics
-
-    def _lr_scale(self, step: int) -> float:
-        learner = self._config.learner
-        warm = min(1.0, (step + 1) / max(learner.lr_warmup_steps, 1))
-        return warm * (1 - step / self._num_steps if learner.lr_schedule == "linear" else 1.0)
 
     # --- plan -------------------------------------------------------------------------------------------------------
 
