@@ -36,7 +36,7 @@ MAX_TOKENS = 224
 SETTINGS: dict[str, Any] = {
     "model": {"path": MODEL},
     # A topic with all of its comparisons (about 33 arguments, 300 pairs) is one element of a batch.
-    "objective": {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.1}, "batch_size": 1, "num_epochs": 2},
+    "objective": {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.1}, "batch_size": 1},
     "learner": {
         "lora": {"rank": 16, "alpha": 32},
         "lr": 2e-4,
