@@ -108,7 +108,7 @@ def test_a_complete_run_is_not_run_again(raylhf, resumed):
 
 def test_ctrl_c_while_the_engine_starts_leaves_no_process(raylhf):
     command = raylhf.start("early", "num_steps=50")
-    command.wait_for(lambda: is_among(command.descendants(), "VLLM"), "engine process")
+    command.wait_for(lambda: any(map(is_engine, command.descendants())), "engine process")
     command.interrupt()
     command.wait(END_S)
     assert command.process.returncode == 130, command.story()
@@ -120,7 +120,7 @@ def test_ctrl_c_while_the_engine_starts_leaves_no_process(raylhf):
 
 def test_sigterm_while_ray_starts_leaves_no_process(raylhf):
     command = raylhf.start("earlier", "num_steps=50")
-    command.wait_for(lambda: is_among(command.descendants(), "gcs_server"), "Ray's first process")
+    command.wait_for(lambda: any(map(is_ray, command.descendants())), "Ray's first process")
     command.process.send_signal(signal.SIGTERM)
     command.wait(END_S)
     assert command.process.returncode == 130, command.story()
@@ -128,10 +128,17 @@ def test_sigterm_while_ray_starts_leaves_no_process(raylhf):
     assert "Traceback" not in command.errors, command.errors
 
 
-def is_among(processes, name):
-    """Whether a process whose name begins with `name` is running."""
-    names = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            names.append(process.name())
-    return any(found.startswith(name) for found in names)
+def is_engine(process):
+    """Whether this is an engine core, before or after it has given itself a title (which some systems refuse it)."""
+    return any("spawn_main" in part or part.startswith("VLLM::") for part in command_line_of(process))
+
+
+def is_ray(process):
+    """Whether this is the process that Ray starts first."""
+    return any("gcs_server" in part for part in command_line_of(process))
+
+
+def command_line_of(process):
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
