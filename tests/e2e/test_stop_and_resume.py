@@ -129,7 +129,7 @@ def test_sigterm_while_ray_starts_leaves_no_process(raylhf):
 
 
 def is_engine(process):
-    """Whether this is an engine core, before or after it has given itself a title (which some systems refuse it)."""
+    """Whether this is an engine core: as Python starts it, or under the title that it gives itself."""
     return any("spawn_main" in part or part.startswith("VLLM::") for part in command_line_of(process))
 
 
