@@ -45,8 +45,8 @@ class Rollouts:
     """Decoded responses without special tokens, for rewards that read text. Never encoded again for the policy."""
     finish_reasons: Sequence[FinishReason]
     """`stop`: the policy ended the response; `length`: max_response_tokens did."""
-    policy_versions: np.ndarray
-    """Version of the weights that sampled the response, int64 [B]."""
+    policy_versions: Sequence[np.ndarray]
+    """Version of the weights that sampled each token, int64 [T_i]: an update can fall inside of a response."""
     temperature: float
     """Sampling temperature; the learner divides its logits by it."""
 
@@ -57,6 +57,11 @@ class Rollouts:
     def response_lengths(self) -> np.ndarray:
         """Tokens of each response, int64 [B]."""
         return np.array([len(ids) for ids in self.response_ids], dtype=np.int64)
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of the weights that sampled any token; None where there is no token."""
+        return min((int(versions.min()) for versions in self.policy_versions if len(versions)), default=None)
 
     @property
     def is_truncated(self) -> np.ndarray:
@@ -72,7 +77,7 @@ class Rollouts:
             rollout_logprobs=[self.rollout_logprobs[i] for i in rows],
             response_texts=[self.response_texts[i] for i in rows],
             finish_reasons=[self.finish_reasons[i] for i in rows],
-            policy_versions=self.policy_versions[list(rows)],
+            policy_versions=[self.policy_versions[i] for i in rows],
             temperature=self.temperature,
         )
 
@@ -89,7 +94,7 @@ class Rollouts:
             rollout_logprobs=[x for part in parts for x in part.rollout_logprobs],
             response_texts=[x for part in parts for x in part.response_texts],
             finish_reasons=[x for part in parts for x in part.finish_reasons],
-            policy_versions=np.concatenate([part.policy_versions for part in parts]),
+            policy_versions=[x for part in parts for x in part.policy_versions],
             temperature=temperatures.pop(),
         )
 

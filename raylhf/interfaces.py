@@ -19,12 +19,18 @@ class Reward(Protocol):
 class RolloutEngine(Protocol):
     """Samples responses and takes new weights."""
 
-    async def generate(self, prompt: Prompt, *, num_responses: int, seed: int) -> tuple[Rollouts, dict[str, Any]]:
+    async def generate(
+        self, prompt: Prompt, *, num_responses: int, seed: int, with_sample: bool = False
+    ) -> tuple[Rollouts, dict[str, Any]]:
         """Sample a group. Response j uses seed + j. The second value is a small summary that the driver may read."""
         ...
 
-    async def join_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Join the weight-transfer group."""
+    async def ping(self) -> int:
+        """Answer while the engine is well: the version of its weights."""
+        ...
+
+    async def join_transfer(self, init_info: Mapping[str, Any], *, place: int) -> None:
+        """Join a weight-transfer group as its engine number `place`, and leave an earlier one."""
         ...
 
     async def update_weights(self, update_info: Mapping[str, Any], *, policy_version: int) -> int:

@@ -53,6 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     text = "list every optimisation method with what it needs"
     command = commands.add_parser("algorithms", help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(overrides=[])
+    text = "prove from a run's ledger that no prompt was lost and none doubled"
+    command = commands.add_parser("audit", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("folder", metavar="RUN_FOLDER", help="folder of a policy run, as in runs/NAME")
+    command.set_defaults(overrides=[])
+    text = "change the number of rollout workers of a run that goes on"
+    command = commands.add_parser("scale", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("folder", metavar="RUN_FOLDER", help="folder of a policy run, as in runs/NAME")
+    command.add_argument("--rollout", metavar="N", type=int, required=True, help="rollout workers from now on")
+    command.set_defaults(overrides=[])
     add_reward_commands(commands)
     return parser
 
@@ -103,6 +112,14 @@ def run_command(arguments: argparse.Namespace) -> int:
             from raylhf.cli.algorithms import run_algorithms
 
             return run_algorithms()
+        if arguments.command == "audit":
+            from raylhf.cli.audit import run_audit
+
+            return run_audit(arguments.folder)
+        if arguments.command == "scale":
+            from raylhf.cli.scale import run_scale
+
+            return run_scale(arguments.folder, rollout=arguments.rollout)
         if arguments.command in REWARD_COMMANDS:
             return REWARD_COMMANDS[arguments.command](arguments)
         from raylhf.cli.train import run_train

@@ -13,10 +13,11 @@ import ray
 
 from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
 from raylhf.config.cluster import ClusterConfig
-from raylhf.config.placement import Role
+from raylhf.config.placement import EPSILON, Role
 
 START_ATTEMPTS = 3
 _TIMED_OUT = "timed out during startup"
+_BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 @contextmanager
@@ -31,6 +32,7 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
         if config.address is None:
             _use_private_token(Path(private))
             _init_ray(
+                address="local",  # without it, Ray joins one that somebody else has started on this machine
                 num_cpus=config.cpus_per_node,
                 num_gpus=config.gpus_per_node,
                 object_store_memory=int(config.object_store_gib * 2**30),
@@ -50,6 +52,8 @@ def _init_ray(**settings: Any) -> None:
 
     Ray gives a starting node 30 s, which a busy machine can exceed; it is tried again before the run gives up.
     """
+    # Of a worker that is lost, one call that failed says enough; Ray would print all of them.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     handler = signal.getsignal(signal.SIGTERM)
     try:
         for attempt in range(1, START_ATTEMPTS + 1):
@@ -90,23 +94,68 @@ def preflight(roles: Sequence[Role]) -> None:
     Raises:
         ValueError: a role cannot be placed; the sentence names it and what each node has.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    described = ", ".join(f"{n.get('CPU', 0):g} CPU / {n.get('GPU', 0):g} GPU" for n in nodes)
+    nodes = _alive_nodes()
+    described = describe_nodes()
     for role in roles:
-        if not any(n.get("CPU", 0) >= role.num_cpus and n.get("GPU", 0) >= role.num_gpus for n in nodes):
-            raise ValueError(
-                f"no node can hold one {role.name} ({role.num_cpus:g} CPU, {role.num_gpus:g} GPU); the "
-                f"cluster's nodes have: {described}. Lower {role.name}.num_cpus or num_gpus, or add a larger node."
-            )
-    for resource, unit in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        wanted = sum(r.replicas * getattr(r, unit) for r in roles)
+        _require_nodes(role, [_num_workers_on(node, role) for node in nodes], described)
+    for resource in dict.fromkeys(name for role in roles for name in role.bundle):
+        parts = [(role, role.bundle[resource]) for role in roles if resource in role.bundle]
+        wanted = sum(role.replicas * amount for role, amount in parts)
         there = sum(n.get(resource, 0) for n in nodes)
-        if wanted > there + 1e-6:
-            parts = ", ".join(f"{r.name} {r.replicas} x {getattr(r, unit):g}" for r in roles)
+        if wanted > there + EPSILON:
+            terms = ", ".join(f"{role.name} {role.replicas} x {amount:g}" for role, amount in parts)
             raise ValueError(
-                f"the run needs {wanted:g} {resource} ({parts}) but the cluster has {there:g} ({described}). Use fewer "
+                f"the run needs {wanted:g} {resource} ({terms}) but the cluster has {there:g} ({described}). Use fewer "
                 "replicas or ranks, or a larger cluster."
             )
+
+
+def _require_nodes(role: Role, counts: Sequence[int], described: str) -> None:
+    """ValueError unless nodes that could hold `counts` workers of the role suffice for it and its placement."""
+    count, most, which = role.replicas, max(counts, default=0), f"placement {role.placement} of {role.name}"
+    less = f"num_cpus, num_gpus or resources of {role.name}"
+    if most == 0:
+        raise ValueError(
+            f"no node can hold {role.describe()}; the nodes have: {described}. Lower {less}, or add a node that has "
+            "them."
+        )
+    if role.placement == "STRICT_PACK" and most < count:
+        raise ValueError(
+            f"{which} asks for one node that holds {count} x {role.describe()}, but none holds more than {most}; the "
+            f"nodes have: {described}. Use PACK, lower {less}, or add a larger node."
+        )
+    if role.placement == "STRICT_SPREAD" and (num_fitting := sum(map(bool, counts))) < count:
+        raise ValueError(
+            f"{which} asks for {count} nodes with {role.describe()} on each, but only {num_fitting} can hold one; the "
+            f"nodes have: {described}. Use SPREAD, fewer workers, or add nodes."
+        )
+
+
+def _num_workers_on(node: Mapping[str, float], role: Role) -> int:
+    """How many workers of the role an empty node can hold; all of them where they reserve nothing."""
+    counts = []
+    for name, wanted in role.bundle.items():
+        there = node.get(name, 0.0)
+        if name == "GPU" and wanted < 1:  # a share lies on one GPU
+            counts.append(int(there) * int(1 / wanted + EPSILON))
+        else:
+            counts.append(int(there / wanted + EPSILON))
+    return min(counts, default=role.replicas)
+
+
+def _alive_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def describe_nodes() -> str:
+    """What each node has: CPUs, GPUs and custom resources."""
+
+    def describe(node: dict[str, float]) -> str:
+        custom = {name: amount for name, amount in node.items() if name not in _BUILT_IN and ":" not in name}
+        amounts = {"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0), **custom}
+        return " / ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+    return ", ".join(describe(node) for node in _alive_nodes())
 
 
 def run_on_cluster(function: Callable[..., Any], *args: Any, timeout_s: float, should_stop: Callable[[], bool]) -> Any:

@@ -221,10 +221,58 @@ def _check_evaluation(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _check_replicas(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.rollout
+    if not rollout.least_replicas <= rollout.replicas <= rollout.most_replicas:
+        yield problem_at(
+            "rollout.replicas",
+            f"is {rollout.replicas}, outside of min_replicas={rollout.least_replicas} to "
+            f"max_replicas={rollout.most_replicas}; the run starts with replicas workers",
+        )
+    if rollout.is_elastic and (problem := growth_problem(config)):
+        yield problem_at("rollout.max_replicas", f"{problem}, or leave min_replicas and max_replicas out")
+
+
+def growth_problem(config: RunConfig) -> str | None:
+    """Why rollout workers cannot join a run that goes on; None where they can."""
+    asks = "asks for rollout workers that come and go, but"
+    if config.weight_transfer == "ipc":
+        return (
+            f"{asks} weights travel by ipc, inside of one GPU that learner and rollout share; give rollout workers "
+            "whole GPUs (nccl)"
+        )
+    if (placement := config.rollout.placement).startswith("STRICT"):
+        return (
+            f"{asks} rollout.placement is {placement}, which holds only for workers that are there from the start; "
+            f"set it to {placement.removeprefix('STRICT_')}"
+        )
+    return None
+
+
+def _check_staleness(config: RunConfig) -> Iterator[Problem]:
+    rollout, key = config.rollout, "rollout.max_staleness"
+    if rollout.max_staleness == 0:
+        return
+    if rollout.importance_cap is None:
+        yield problem_at(
+            "rollout.importance_cap",
+            f"is null, but {key} is {rollout.max_staleness}: responses of older weights count as if the present "
+            f"ones had sampled them; set a cap such as 2.0, or {key}: 0",
+        )
+    if config.weight_transfer == "ipc":
+        yield problem_at(
+            key,
+            f"is {rollout.max_staleness}, but learner and rollout share one GPU, on which they cannot work at the same "
+            "time; set it to 0, or give both roles whole GPUs",
+        )
+
+
 CHECKS = (
     check_devices,
     _check_sampling,
     _check_engine_gpus,
+    _check_replicas,
+    _check_staleness,
     _check_weight_transfer,
     _check_reward,
     check_objective,

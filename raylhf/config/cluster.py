@@ -1,8 +1,13 @@
 """The Ray cluster a run uses, and how long it waits for it."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from raylhf.config.base import Settings
+
+PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+"""Ray's names."""
 
 
 class ClusterConfig(Settings):
@@ -24,3 +29,7 @@ class ClusterConfig(Settings):
     """Deadline of each role's start-up."""
     step_timeout_s: float = Field(default=3600.0, gt=0)
     """Deadline of each phase of a step (rollout with reward, learning, weight sync)."""
+    worker_timeout_s: float = Field(default=120.0, gt=0)
+    """Silence after which a rollout or reward worker counts as hung and is replaced."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of one worker, or of all learners, without a finished step in between; one loss more ends the run."""

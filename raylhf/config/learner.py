@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from raylhf.config.base import Settings
+from raylhf.config.cluster import PlacementStrategy
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -55,6 +56,10 @@ class LearnerConfig(Settings):
     """CPUs that Ray reserves for one rank."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs that Ray reserves for one rank."""
+    resources: dict[str, float] = {}
+    """Further Ray resources that one worker reserves; custom ones pin it to the nodes that have them."""
+    placement: PlacementStrategy = "PACK"
+    """How Ray lays workers over nodes: PACK on few, SPREAD over many, STRICT_PACK on one, STRICT_SPREAD on one each."""
     threads: int = Field(default=1, ge=1)
     """Compute threads of one rank on a CPU."""
 

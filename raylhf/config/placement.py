@@ -1,13 +1,19 @@
 """What each role asks of the cluster, and whether the nodes can hold it."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+from raylhf.config.cluster import PlacementStrategy
+from raylhf.config.learner import LearnerConfig
+from raylhf.config.reward import RewardPlaneConfig
+from raylhf.config.rollout import RolloutConfig
 from raylhf.config.run import AnyRunConfig, RunConfig
 
 EPSILON = 1e-6
 """Fractions of a GPU are sums of decimals."""
+COLOCATED = "rollout and learner"
+"""The role that both are, as far as reserving goes, where they share a GPU."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +21,30 @@ class Role:
     """Equal workers of one kind."""
 
     name: str
-    """`rollout`, `reward` or `learner`."""
+    """`rollout`, `reward`, `learner` or `COLOCATED`."""
     replicas: int
     """Workers."""
     num_cpus: float
     """CPUs that Ray reserves for one worker."""
     num_gpus: float
     """GPUs that Ray reserves for one worker."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Further Ray resources of one worker, by name."""
+    placement: PlacementStrategy = "PACK"
+    """How the workers are laid over nodes."""
+    num_apart: int = 0
+    """Of the workers, those that may leave: each has a reservation of its own, which is freed then."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker reserves, in Ray's names; empty if that is nothing."""
+        needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {name: amount for name, amount in needs.items() if amount > 0}
+
+    def describe(self) -> str:
+        """`one rollout (0.5 CPU, 1 GPU, 1 big_node)`, for messages."""
+        amounts = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return f"one {self.name} ({', '.join(f'{amount:g} {name}' for name, amount in amounts.items())})"
 
 
 @dataclass(frozen=True)
@@ -70,21 +93,54 @@ class Placement:
 
 def roles_of(config: AnyRunConfig) -> tuple[Role, ...]:
     """The roles of a run."""
-    learner = Role("learner", config.learner.num_ranks, config.learner.num_cpus, config.learner.num_gpus)
+    learner = _role("learner", config.learner.num_ranks, config.learner)
     if not isinstance(config, RunConfig):
         return (learner,)
     return (
-        Role("rollout", config.rollout.replicas, config.rollout.num_cpus, config.rollout.num_gpus),
-        Role("reward", config.reward.replicas, config.reward.num_cpus, config.reward.num_gpus),
+        _role("rollout", config.rollout.replicas, config.rollout),
+        _role("reward", config.reward.replicas, config.reward),
         learner,
     )
 
 
+def reserved_roles(config: RunConfig, *, num_rollout: int) -> tuple[Role, ...]:
+    """What a run reserves when it starts with `num_rollout` rollout workers.
+
+    Where weights go by CUDA IPC, rollout and learner are one: only processes in one bundle are sure to share a GPU.
+    """
+    rollout, reward, learner = roles_of(config)
+    least = config.rollout.least_replicas
+    count = max(num_rollout, least)
+    if config.weight_transfer == "ipc":
+        return (_in_one_bundle(rollout, learner), reward)
+    return (replace(rollout, replicas=count, num_apart=count - least), reward, learner)
+
+
+def _in_one_bundle(one: Role, other: Role) -> Role:
+    names = dict.fromkeys([*one.resources, *other.resources])
+    return Role(
+        COLOCATED,
+        replicas=1,
+        num_cpus=one.num_cpus + other.num_cpus,
+        num_gpus=round(one.num_gpus + other.num_gpus, 4),  # Ray counts to four decimals
+        resources={name: one.resources.get(name, 0) + other.resources.get(name, 0) for name in names},
+    )
+
+
+def largest_first(roles: Iterable[Role]) -> list[Role]:
+    """By GPUs and then CPUs of a worker: whole engines, then single GPUs, then shares, then CPU workers."""
+    return sorted(roles, key=lambda role: (-role.num_gpus, -role.num_cpus))
+
+
+def _role(name: str, replicas: int, settings: RolloutConfig | RewardPlaneConfig | LearnerConfig) -> Role:
+    return Role(name, replicas, settings.num_cpus, settings.num_gpus, dict(settings.resources), settings.placement)
+
+
 def place(roles: Iterable[Role], *, num_nodes: int, cpus_per_node: float, gpus_per_node: int) -> Placement:
-    """First fit, decreasing by GPUs and then CPUs: whole engines, then single GPUs, then shares, then CPU workers."""
+    """First fit, the largest first."""
     nodes = tuple(Node(cpus_per_node, [1.0] * gpus_per_node) for _ in range(num_nodes))
     unplaced = []
-    for role in sorted(roles, key=lambda role: (-role.num_gpus, -role.num_cpus)):
+    for role in largest_first(roles):
         missing = sum(not any(node.place(role) for node in nodes) for _ in range(role.replicas))
         if missing:
             unplaced.append(Role(role.name, missing, role.num_cpus, role.num_gpus))

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raylhf.config.base import Settings
+from raylhf.config.cluster import PlacementStrategy
 from raylhf.config.reward_leaves import (
     AnswerReward,
     CharacterReward,
@@ -274,6 +275,10 @@ class RewardPlaneConfig(Settings):
     """CPUs that Ray reserves for one reward worker."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs that Ray reserves for one reward worker; reward models run there."""
+    resources: dict[str, float] = {}
+    """Further Ray resources that one worker reserves; custom ones pin it to the nodes that have them."""
+    placement: PlacementStrategy = "PACK"
+    """How Ray lays workers over nodes: PACK on few, SPREAD over many, STRICT_PACK on one, STRICT_SPREAD on one each."""
     threads: int = Field(default=1, ge=1)
     """Compute threads of one reward worker on a CPU."""
     batch_tokens: int = Field(default=16_384, ge=1)

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from raylhf.config.base import Settings
+from raylhf.config.cluster import PlacementStrategy
 
 
 class SamplingConfig(Settings):
@@ -28,13 +29,21 @@ class RolloutConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     """The sampling distribution."""
     replicas: int = Field(default=1, ge=1)
-    """Rollout workers; each is one vLLM engine."""
+    """Rollout workers at the start; each is one vLLM engine."""
+    min_replicas: int | None = Field(default=None, ge=1)
+    """Fewest workers that the run may shrink to by itself; null means replicas."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Most workers that the run may grow to by itself, where sampling takes longer than learning; null: replicas."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs of one vLLM engine."""
     num_cpus: float = Field(default=0.5, ge=0)
     """CPUs that Ray reserves for one worker."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs that Ray reserves for one worker; a fraction shares one GPU with the learner."""
+    resources: dict[str, float] = {}
+    """Further Ray resources that one worker reserves; custom ones pin it to the nodes that have them."""
+    placement: PlacementStrategy = "PACK"
+    """How Ray lays workers over nodes: PACK on few, SPREAD over many, STRICT_PACK on one, STRICT_SPREAD on one each."""
     threads: int = Field(default=2, ge=1)
     """Compute threads of one worker on a CPU."""
     max_model_len: int | None = Field(default=None, ge=2)
@@ -49,5 +58,23 @@ class RolloutConfig(Settings):
     """Skip CUDA graphs and compilation: starts sooner, decodes slower on a GPU."""
     weight_transfer: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """Transport of weights: gloo on CPU, nccl between GPUs, ipc where both share a GPU; auto chooses by num_gpus."""
+    max_staleness: int = Field(default=0, ge=0)
+    """By how many versions of the weights a token may be older than those that learn from it: 0 samples and learns in
+    turn, 1 or more samples the next batches while the learner learns."""
     importance_cap: float | None = Field(default=2.0, gt=0)
     """Cap of the token importance weight learner/rollout (TIS); null turns the correction off."""
+
+    @property
+    def least_replicas(self) -> int:
+        """Fewest workers."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Most workers."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the run chooses the number of workers by itself."""
+        return self.least_replicas < self.most_replicas

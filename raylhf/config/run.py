@@ -1,6 +1,7 @@
 """The whole run."""
 
 import math
+import sys
 from typing import Any
 
 from pydantic import Field
@@ -102,6 +103,15 @@ class RunConfig(CommonConfig):
         if self.rollout.num_gpus == 0:
             return "gloo"
         return "ipc" if self.rollout.num_gpus < 1 else "nccl"
+
+    @property
+    def rollout_sizes(self) -> range:
+        """How many rollout workers the run may have while it goes on."""
+        rollout = self.rollout
+        if rollout.is_elastic:
+            return range(rollout.least_replicas, rollout.most_replicas + 1)
+        cannot_grow = self.weight_transfer == "ipc" or rollout.placement.startswith("STRICT")
+        return range(1, rollout.replicas + 1 if cannot_grow else sys.maxsize)
 
     @property
     def critic(self) -> CriticConfig | None:

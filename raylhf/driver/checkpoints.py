@@ -1,22 +1,68 @@
 """Checkpoint folders: written under a temporary name, synced, renamed; older ones removed only afterwards."""
 
 import json
-import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from raylhf.driver.manifest import find_damage, sync, write_manifest
 from raylhf.tracking.jsonl import unused_name
 
-_PREFIX = "step_"
+_PREFIX, _DAMAGED_PREFIX = "step_", "damaged_"
+_WRITING, _REPLACED, _REMOVING = ".writing_", ".replaced_", ".removing_"
+_CONVERTED = ".universal_"
+"""What learners make for themselves of a checkpoint of another shape, and remove when they have loaded it."""
 _STATE_FILE = "driver.json"
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. The sentence says which is the newest one that is there."""
+
+
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest complete checkpoint of a run and the driver's state in it."""
+    """The newest whole checkpoint of a run and the driver's state in it; None where there was never one.
+
+    Every file is read and compared with the manifest. Damaged checkpoints that are newer than the one found are told
+    of on standard error and renamed (`damaged_step_N`), so that they are neither counted nor taken again.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole. They keep their names.
+    """
+    _finish_replacement(run_dir)
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(_checkpoints(run_dir)):
-        return folder, json.loads((folder / _STATE_FILE).read_text())
+        finding = find_damage(folder, step=_step(folder), required=_STATE_FILE)
+        if finding is None:
+            for bad, why in damaged:
+                _set_aside(bad, why, instead=folder)
+            return folder, json.loads((folder / _STATE_FILE).read_bytes())
+        damaged.append((folder, finding))
+    if damaged:
+        findings = "; ".join(f"{folder.name}: {finding}" for folder, finding in damaged)
+        raise ValueError(
+            f"no checkpoint in {run_dir / 'checkpoints'} is whole ({findings}); put one of them back from a copy, or "
+            "set checkpoint.resume=false to start anew (these are then moved aside)"
+        )
     return None
+
+
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """The driver's state in the newest checkpoint, which is not verified; None where there is no checkpoint.
+
+    Raises:
+        ValueError: the state cannot be read.
+    """
+    folders = _checkpoints(run_dir)
+    if not folders:
+        return None
+    file = folders[-1] / _STATE_FILE
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); `raylhf train` goes back to an older checkpoint") from error
 
 
 def set_checkpoints_aside(run_dir: Path) -> None:
@@ -26,43 +72,108 @@ def set_checkpoints_aside(run_dir: Path) -> None:
         folder.rename(unused_name(folder))
 
 
+@contextmanager
+def writing_checkpoint(run_dir: Path, step: int, *, let_through: tuple[type[RuntimeError], ...] = ()) -> Iterator[Path]:
+    """A folder to write step `step` into, which `commit_checkpoint` inside the block makes a checkpoint.
+
+    Whatever fails inside, the half-written folder is removed, which frees the disk, and older checkpoints stay.
+    `let_through` are failures that the caller handles: they go on as they are.
+
+    Raises:
+        CheckpointError: in the place of an OSError, or of another RuntimeError (a worker that failed), its cause.
+    """
+    try:
+        yield begin_checkpoint(run_dir, step)
+    except BaseException as error:
+        free_gib = shutil.disk_usage(run_dir).free / 2**30
+        with suppress(OSError):  # the failure that led here is the one to report
+            _remove_unfinished(run_dir)
+        if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, let_through):
+            raise CheckpointError(_failure(run_dir, step, str(error), free_gib)) from error
+        raise
+
+
 def begin_checkpoint(run_dir: Path, step: int) -> Path:
     """An empty folder to write step `step` into. It becomes a checkpoint with `commit_checkpoint`."""
-    for unfinished in run_dir.glob("checkpoints/.writing_*"):  # of a run that died while it saved
-        shutil.rmtree(unfinished)
-    folder = run_dir / "checkpoints" / f".writing_{step}"
+    _remove_unfinished(run_dir)  # of a run that died while it saved
+    folder = run_dir / "checkpoints" / f"{_WRITING}{step}"
     folder.mkdir(parents=True)
     return folder
 
 
 def commit_checkpoint(folder: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Add the driver's state, sync everything to disk, rename, then remove all but the newest `keep`."""
+    """Add the driver's state and the manifest, sync all to disk, rename, then remove all but the newest `keep`.
+
+    Raises:
+        OSError: something cannot be written. What was a checkpoint before still is one.
+    """
     (folder / _STATE_FILE).write_text(json.dumps(state, indent=1))
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-    final = folder.parent / f"{_PREFIX}{step}"
+    write_manifest(folder, step=step)
+    checkpoints = folder.parent
+    final = checkpoints / f"{_PREFIX}{step}"
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(checkpoints / f"{_REPLACED}{step}")
     folder.rename(final)
-    _sync(final.parent)
-    for old in _checkpoints(final.parent.parent)[:-keep]:
-        shutil.rmtree(old)
+    sync(checkpoints)
+    sync(checkpoints.parent)
+    _finish_replacement(checkpoints.parent)
+    for old in _checkpoints(checkpoints.parent)[:-keep]:
+        doomed = old.rename(checkpoints / f"{_REMOVING}{_step(old)}")  # half removed, it is no damaged checkpoint
+        shutil.rmtree(doomed, ignore_errors=True)  # what is left is removed the next time
     return final
 
 
+def _failure(run_dir: Path, step: int, error: str, free_gib: float) -> str:
+    reason, _, rest = error.partition("\n")  # of a worker's failure, its traceback
+    found = _checkpoints(run_dir)
+    newest = f"the newest checkpoint is {found[-1].name}" if found else "there is no checkpoint"
+    return (
+        f"step {step} could not be saved in {run_dir / 'checkpoints'} ({reason}; {free_gib:.3g} GiB of the disk were "
+        f"free); {newest}. Free space, or mend what failed, and give the same command again: it goes on from "
+        f"{'there' if found else 'the beginning'}." + (f"\n{rest}" if rest else "")
+    )
+
+
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Folders with the name of a checkpoint, oldest first."""
     folders = [
         folder
         for folder in run_dir.glob(f"checkpoints/{_PREFIX}*")
-        if folder.name.removeprefix(_PREFIX).isdecimal() and (folder / _STATE_FILE).is_file()
+        if folder.is_dir() and folder.name.removeprefix(_PREFIX).isdecimal()
     ]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix(_PREFIX)))
+    return sorted(folders, key=_step)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def _set_aside(folder: Path, finding: str, *, instead: Path) -> None:
+    aside = folder.with_name(f"{_DAMAGED_PREFIX}{folder.name}")
+    if aside.exists():
+        aside = unused_name(aside)
+    folder.rename(aside)
+    print(
+        f"raylhf: checkpoint {folder.name} is damaged ({finding}); going back to {instead.name}. The damaged one is "
+        f"now {aside}; remove it when you need it no more",
+        file=sys.stderr,
+    )
+
+
+def _finish_replacement(run_dir: Path) -> None:
+    """Where a step was being saved again: put the old folder back if the new one is not there, else remove it."""
+    for replaced in run_dir.glob(f"checkpoints/{_REPLACED}*"):
+        final = replaced.with_name(_PREFIX + replaced.name.removeprefix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(final)
+
+
+def _remove_unfinished(run_dir: Path) -> None:
+    """Remove what is half written, half removed or left over."""
+    _finish_replacement(run_dir)
+    for prefix in (_WRITING, _REMOVING, _CONVERTED):
+        for folder in run_dir.glob(f"checkpoints/{prefix}*"):
+            # A worker may be writing into it still; what is left is removed the next time.
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Sampling and scoring: prompts stream through rollout and reward workers without a barrier between them."""
+"""Sampling and scoring: prompts stream through rollout and reward workers without a barrier between them, and through
+others where workers are lost meanwhile."""
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,25 @@ from typing import Any
 import numpy as np
 
 from raylhf.batch import Prompt
-from raylhf.cluster.actors import gather
-from raylhf.config import RunConfig
+from raylhf.cluster.actors import (
+    POLL_S,
+    ActorGroup,
+    Outcome,
+    StopRequestedError,
+    Trouble,
+    WorkerError,
+    raise_trouble,
+    take_finished,
+)
+from raylhf.cluster.pool import Ticket
 from raylhf.driver.workers import Workers
+
+PHASE = "rollout and reward"
+IDLE_S = 0.1
+FETCH_ROUNDS = 3
+WAVES = 2
+"""Prompts that a rollout worker has at once, in multiples of what its engine decodes together: the next ones wait there
+while these are decoded. The others wait in the driver, for whoever is free first."""
 
 
 @dataclass(frozen=True)
@@ -28,47 +44,260 @@ class ScoredGroup:
     """How often the group was sampled anew because a score failed."""
 
 
-def collect(
-    config: RunConfig,
-    workers: Workers,
-    prompts: Sequence[Prompt],
-    *,
-    num_responses: int,
-    seed_key: Sequence[int],
-    should_stop: Callable[[], bool],
-) -> list[ScoredGroup]:
-    """Sample and score `num_responses` for each prompt, in the prompts' order.
+@dataclass
+class _Task:
+    """One place of the batch on its way."""
+
+    prompt: Prompt
+    attempt: int = 0
+    """How often it was sampled anew because a score failed."""
+    sampler: Ticket | None = None
+    """The rollout worker that has it, or had it."""
+    sampled: Outcome | None = None
+    """How the rollout call ended, when it has."""
+    scorer: Ticket | None = None
+    rollouts: Any = None
+    rollout_summary: Any = None
+    rewards: Any = None
+    reward_summary: Any = None
+    earlier: dict[str, Any] | None = None
+    """Reward summary of an earlier attempt."""
+    done: ScoredGroup | None = None
+
+    def forget_sample(self) -> None:
+        """It is to be sampled (again), and scored."""
+        self.sampler = self.rollouts = self.rollout_summary = self.sampled = None
+        self.forget_scores()
+
+    def forget_scores(self) -> None:
+        """It is to be scored (again)."""
+        self.scorer = self.rewards = self.reward_summary = self.done = None
+
+
+class Collection:
+    """A batch of prompts, sampled and scored, whatever happens to the workers meanwhile.
 
     A group goes to its reward worker the moment it is sampled: the reward call waits for the rollout's reference in
-    Ray, not for the batch. Seeds depend on `seed_key`, the prompt and its place in the batch, not on the workers.
-    A group of which a leaf with `on_failure: resample` failed is sampled anew, `reward.max_resamples` times at most.
+    Ray, not for the batch. Seeds depend on the prompt and its place in the batch, not on the workers, so that what is
+    sampled again, by another worker, is the same. A group of which a leaf with `on_failure: resample` failed is sampled
+    anew under another seed, `reward.max_resamples` times at most.
     """
-    groups: dict[int, ScoredGroup] = {}
-    wanted = list(range(len(prompts)))
-    for attempt in range(config.reward.max_resamples + 1):
-        submitted: dict[int, tuple[Any, ...]] = {}
-        for i in wanted:
-            key = (*seed_key, i, prompts[i].index, *([attempt] if attempt else []))
-            rollouts, rollout_summary = workers.rollout.submit(
-                i % len(workers.rollout),
-                "generate",
-                prompts[i],
-                num_responses=num_responses,
-                seed=response_seed(config.seed, *key),
-                num_returns=2,
+
+    def __init__(
+        self,
+        workers: Workers,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed_key: Sequence[int],
+        should_stop: Callable[[], bool],
+        num_samples: int = 0,
+        on_reissue: Callable[[int, str, str], None] = lambda place, worker, reason: None,
+    ) -> None:
+        """The first `num_samples` groups come with a row for people to read.
+
+        `on_reissue(place, worker, reason)` is told of each prompt that is given to another rollout worker.
+        """
+        self._config = workers.config
+        self.workers = workers
+        self._num_responses = num_responses
+        self._seed_key = tuple(seed_key)
+        self._should_stop = should_stop
+        self._num_samples = num_samples
+        self._on_reissue = on_reissue
+        self._tasks = [_Task(prompt) for prompt in prompts]
+        self._capacity = max(1, WAVES * self._config.rollout.max_num_seqs // num_responses)
+        self._must_score_again = False
+        """A reward worker is lost with what it had observed of this batch."""
+        self.may_score = True
+        """Whether responses are scored as they come; until then, they are only sampled."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every place is sampled and scored."""
+        return all(task.done is not None for task in self._tasks)
+
+    def run(self, lost: Sequence[int] = (), *, ahead: Sequence["Collection"] = ()) -> list[ScoredGroup]:
+        """The groups in the prompts' order. A later call samples those again whose places are `lost`.
+
+        Those of `ahead` come on meanwhile, as far as workers have room for more.
+        """
+        for place in lost:
+            self._reissue(place, "its responses were lost")
+        # What the whole batch was observed to be goes with the part that is scored anew.
+        self._must_score_again |= bool(lost) and self.workers.statistics.is_observing
+        while True:
+            self._finish_tasks(ahead)
+            if not self.workers.statistics.is_observing:
+                break
+            if not self._must_score_again and self.workers.statistics.take():
+                break
+            # Every score is to be observed once: what was observed goes, and all is scored again, to the same scores.
+            self._must_score_again = False
+            self.workers.statistics.drop()
+            for task in self._tasks:
+                task.forget_scores()
+        return [task.done for task in self._tasks if task.done is not None]
+
+    def _finish_tasks(self, ahead: Sequence["Collection"]) -> None:
+        """Until every place is done.
+
+        Raises:
+            WorkerError: a worker failed, or not all was done within cluster.step_timeout_s.
+        """
+        timeout_s = self._config.cluster.step_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while not self.is_done:
+            if self._should_stop():
+                raise StopRequestedError(PHASE)
+            self._must_score_again |= self.workers.tend()
+            if not advance([self, *ahead]):  # nobody serves yet
+                time.sleep(IDLE_S)
+            if time.monotonic() > deadline:
+                waited_for = ", ".join(sorted({self._describe(task) for task in self._tasks if task.done is None}))
+                raise WorkerError(f"{PHASE}: no answer from {waited_for} within {timeout_s:g} s")
+
+    # --- one round (see `advance`) ----------------------------------------------------------------------------------
+
+    def note_sampled(self) -> None:
+        """A worker whose responses wait for their scores is free for other prompts."""
+        open_calls = {
+            place: task.rollout_summary
+            for place, task in enumerate(self._tasks)
+            if task.sampled is None and task.rollout_summary is not None
+        }
+        for place, outcome in take_finished(open_calls, wait_s=0).items():
+            self._tasks[place].sampled = outcome
+            self._take_sample(place)
+
+    def add_loads(self, loads: dict[Ticket, int]) -> None:
+        """Count the prompts that each of the given rollout workers has."""
+        for task in self._tasks:
+            if task.sampled is None and task.sampler in loads:
+                loads[task.sampler] += 1
+
+    def hand_out(self, loads: dict[Ticket, int], scorers: Sequence[int]) -> None:
+        """Give prompts to the rollout workers that have fewest, and their responses to reward workers."""
+        reward = self.workers.reward
+        for place, task in enumerate(self._tasks):
+            if task.done is not None or task.reward_summary is not None:
+                continue
+            if task.rollouts is None:
+                least = min(loads, key=lambda ticket: loads[ticket], default=None)
+                if least is None or loads[least] >= self._capacity:
+                    continue
+                self._sample(place, task, least)
+                loads[least] += 1
+            if self.may_score:
+                task.scorer = reward.ticket(scorers[place % len(scorers)])
+                task.rewards, task.reward_summary = reward.submit(
+                    task.scorer.number, "score", task.rollouts, num_returns=2
+                )
+
+    def open_calls(self) -> dict[int, Any]:
+        """References of the reward calls that are waited for, by place."""
+        return {
+            place: task.reward_summary
+            for place, task in enumerate(self._tasks)
+            if task.done is None and task.reward_summary is not None
+        }
+
+    def _sample(self, place: int, task: _Task, ticket: Ticket) -> None:
+        key = (*self._seed_key, place, task.prompt.index, *([task.attempt] if task.attempt else []))
+        task.sampler = ticket
+        task.rollouts, task.rollout_summary = self.workers.rollout.submit(
+            ticket.number,
+            "generate",
+            task.prompt,
+            num_responses=self._num_responses,
+            seed=response_seed(self._config.seed, *key),
+            with_sample=place < self._num_samples,
+            num_returns=2,
+        )
+
+    def _take_sample(self, place: int) -> bool:
+        """Whether the place's rollout call gave responses; it is given to others where its worker is lost."""
+        task = self._tasks[place]
+        assert task.sampler is not None and task.sampled is not None
+        if task.sampled.trouble is Trouble.DIED:
+            self.workers.rollout.lose_if_current(task.sampler, task.sampled.reason)
+            self._reissue(place, "the worker was lost")
+        elif task.sampled.trouble is Trouble.LOST_DATA:
+            self._reissue(place, task.sampled.reason)
+        else:
+            raise_trouble({self._describe(task): task.sampled}, PHASE)
+            return True
+        return False
+
+    def take_in(self, place: int, scored: Outcome) -> None:
+        """A reward call has ended: well, because its worker is lost, or because of what it waited for."""
+        task = self._tasks[place]
+        assert task.scorer is not None
+        if task.sampled is None:
+            task.sampled = take_finished({place: task.rollout_summary}, wait_s=0).get(place)
+            if task.sampled is not None and not self._take_sample(place):
+                return
+        if scored.trouble is Trouble.DIED:
+            self._must_score_again |= self.workers.statistics.is_observing
+            self.workers.reward.lose_if_current(task.scorer, scored.reason)
+            task.forget_scores()
+        elif scored.trouble is Trouble.LOST_DATA:
+            self._reissue(place, "its responses were lost")
+        else:
+            raise_trouble(
+                {f"{self.workers.reward.name(task.scorer.number)} (prompt {task.prompt.index})": scored}, PHASE
             )
-            rewards, reward_summary = workers.reward.submit(i % len(workers.reward), "score", rollouts, num_returns=2)
-            submitted[i] = (rollouts, rewards, rollout_summary, reward_summary)
-        summaries = _wait(config, workers, prompts, submitted, should_stop)
-        for i, (rollouts, rewards, _, _) in submitted.items():
-            rollout_summary, reward_summary = summaries[i]
-            if i in groups:
-                reward_summary = _with_calls_of(groups[i].reward_summary, reward_summary)
-            groups[i] = ScoredGroup(rollouts, rewards, rollout_summary, reward_summary, num_resamples=attempt)
-        wanted = [i for i in wanted if any(groups[i].reward_summary["resample"])]
-        if not wanted:
-            break
-    return [groups[i] for i in range(len(prompts))]
+            assert task.sampled is not None, "a score of responses that are not there"
+            self._accept(task, task.sampled.value, scored.value)
+
+    def _reissue(self, place: int, reason: str) -> None:
+        """Have a place sampled again, from the start."""
+        task = self._tasks[place]
+        assert task.sampler is not None
+        self._on_reissue(place, self.workers.rollout.name(task.sampler.number), reason)
+        task.forget_sample()
+
+    def _accept(self, task: _Task, rollout_summary: dict[str, Any], reward_summary: dict[str, Any]) -> None:
+        """The group is scored; it is sampled anew if one of its scores failed and asks for that."""
+        if task.earlier is not None:
+            reward_summary = _with_calls_of(task.earlier, reward_summary)
+        if any(reward_summary["resample"]) and task.attempt < self._config.reward.max_resamples:
+            task.attempt += 1
+            task.earlier = reward_summary
+            task.forget_sample()
+            return
+        task.done = ScoredGroup(task.rollouts, task.rewards, rollout_summary, reward_summary, task.attempt)
+
+    def _describe(self, task: _Task) -> str:
+        """The rollout worker that a place was given to."""
+        who = "no rollout worker" if task.sampler is None else self.workers.rollout.name(task.sampler.number)
+        return f"{who} (prompt {task.prompt.index})"
+
+
+def advance(collections: Sequence[Collection], *, wait_s: float = POLL_S) -> bool:
+    """One round over batches: give out prompts and responses, those of the first batch first, and take in scores.
+
+    Waits for the first score for up to `wait_s`. False where there is nothing to wait for.
+    """
+    if not collections:
+        return False
+    workers = collections[0].workers
+    for collection in collections:
+        collection.note_sampled()
+    if scorers := workers.reward.serving():
+        loads = {workers.rollout.ticket(number): 0 for number in workers.rollout.serving()}
+        for collection in collections:
+            collection.add_loads(loads)
+        for collection in collections:
+            collection.hand_out(loads, scorers)
+    open_calls = {
+        (number, place): call
+        for number, collection in enumerate(collections)
+        for place, call in collection.open_calls().items()
+    }
+    for (number, place), outcome in take_finished(dict(open_calls), wait_s=wait_s, all_together=False).items():
+        collections[number].take_in(place, outcome)
+    return bool(open_calls)
 
 
 def _with_calls_of(earlier: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,25 +309,36 @@ def _with_calls_of(earlier: Mapping[str, Any], summary: Mapping[str, Any]) -> di
     }
 
 
-def _wait(
-    config: RunConfig,
-    workers: Workers,
-    prompts: Sequence[Prompt],
-    submitted: Mapping[int, tuple[Any, ...]],
-    should_stop: Callable[[], bool],
-) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
-    """The rollout and reward summaries of each place of the batch, when all are there."""
-    references = {}
-    for i, (_, _, rollout_summary, reward_summary) in submitted.items():
-        sampler = workers.rollout.name(i % len(workers.rollout))
-        scorer = workers.reward.name(i % len(workers.reward))
-        # By place: a batch that crosses the end of an epoch may hold a prompt twice.
-        references[f"{sampler} (place {i}, prompt {prompts[i].index})"] = rollout_summary
-        references[f"{scorer} (place {i}, prompt {prompts[i].index})"] = reward_summary
-    values = gather(
-        references, phase="rollout and reward", timeout_s=config.cluster.step_timeout_s, should_stop=should_stop
+def hand_over(
+    collection: Collection,
+    learners: ActorGroup,
+    references: Callable[[Sequence[ScoredGroup]], list[list[list[Any]]]],
+    *,
+    timeout_s: float,
+    ahead: Sequence[Collection] = (),
+) -> list[ScoredGroup]:
+    """Collect, and have every rank fetch its lists of `references(groups)`, for a call with `Held()`.
+
+    What is lost on the way, with the machine that it was on, is sampled again. Batches `ahead` come on meanwhile.
+    """
+    groups, places = collection.run(ahead=ahead), []
+    for _ in range(FETCH_ROUNDS):
+        lists = references(groups)
+        lost = learners.hold(lists, timeout_s=timeout_s)
+        missing = [
+            own[place]
+            for lists_of_rank, places in zip(lists, lost, strict=True)
+            for own in lists_of_rank
+            for place in places
+        ]
+        if not missing:
+            return groups
+        places = [i for i, group in enumerate(groups) if group.rollouts in missing or group.rewards in missing]
+        groups = collection.run(lost=places, ahead=ahead)
+    raise WorkerError(
+        f"learners could not fetch {len(places)} of {len(groups)} groups of responses, {FETCH_ROUNDS} times in a row: "
+        "see whether their nodes reach those of the rollout workers, and whether cluster.object_store_gib holds a batch"
     )
-    return {i: (values[2 * n], values[2 * n + 1]) for n, i in enumerate(submitted)}
 
 
 def response_seed(*key: int) -> int:
@@ -116,104 +356,10 @@ def share_among_ranks(groups: Sequence[ScoredGroup], num_ranks: int) -> list[lis
     return shares
 
 
-def batch_metrics(groups: Sequence[ScoredGroup], *, area: str, seconds: float | None = None) -> dict[str, float]:
-    """Scores and response lengths of a batch; `area` is `reward` for training and `eval` for held-out prompts.
-
-    Raises:
-        ValueError: not one response got a valid score; the sentence gives the first reasons.
-    """
-    scores = np.concatenate([group.reward_summary["scores"] for group in groups])
-    valid = np.concatenate([group.reward_summary["valid"] for group in groups])
-    lengths = np.concatenate([group.rollout_summary["lengths"] for group in groups])
-    truncated = sum(group.rollout_summary["num_truncated"] for group in groups) / len(lengths)
-    if not valid.any():
-        reasons = [error for group in groups for error in group.reward_summary["errors"]][:3]
-        raise ValueError(f"no response of the batch got a valid score ({len(valid)} responses): {'; '.join(reasons)}")
-    scored = scores[valid]
-    metrics = {
-        f"{area}/score_mean": float(scored.mean()),
-        f"{area}/score_se": clustered_standard_error(
-            [np.array(group.reward_summary["scores"])[group.reward_summary["valid"]] for group in groups]
-        ),
-        f"{area}/invalid_count": float((~valid).sum()),
-    }
-    metrics |= _part_metrics(groups, valid, area) | _source_metrics(groups, area)
-    prefix = "eval" if area == "eval" else "rollout"
-    metrics |= {f"{prefix}/response_length_mean": float(lengths.mean()), f"{prefix}/truncated_frac": truncated}
-    if area == "eval":
-        return metrics
-    num_tokens = int(lengths.sum())
-    metrics |= {
-        "reward/score_std": float(scored.std()),
-        "rollout/response_length_p95": float(np.percentile(lengths, 95)),
-        "rollout/zero_length_count": float((lengths == 0).sum()),
-        "rollout/num_tokens": float(num_tokens),
-    }
-    metrics["time/reward_s"] = sum(group.reward_summary["seconds"] for group in groups)
-    metrics["reward/resampled_count"] = float(sum(group.num_resamples > 0 for group in groups))
-    if seconds is not None:
-        metrics["rollout/tokens_per_s"] = num_tokens / seconds
-    return metrics
-
-
-def _part_metrics(groups: Sequence[ScoredGroup], valid: np.ndarray, area: str) -> dict[str, float]:
-    """Mean and spread of each named part, over the valid responses to which it applies."""
-    metrics = {}
-    for name in dict.fromkeys(name for group in groups for name in group.reward_summary["parts"]):
-        columns = [(g.reward_summary["parts"].get(name), len(g.reward_summary["scores"])) for g in groups]
-        part = np.concatenate([np.full(n, np.nan) if column is None else column for column, n in columns])
-        applies = part[valid & ~np.isnan(part)]
-        if len(applies):
-            metrics |= {
-                f"{area}/part/{name}_mean": float(applies.mean()),
-                f"{area}/part/{name}_std": float(applies.std()),
-            }
-    return metrics
-
-
-def _source_metrics(groups: Sequence[ScoredGroup], area: str) -> dict[str, float]:
-    """How long each leaf's calls took, what they gave, and how many responses it failed to score or read in part."""
-    calls: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for group in groups:
-        for call in group.reward_summary["sources"]:
-            calls[call["source"]].append(call)
-    metrics = {}
-    for name, own in calls.items():
-        seconds = [call["seconds"] for call in own]
-        metrics |= {
-            f"{area}/source/{name}_latency_p50_s": float(np.percentile(seconds, 50)),
-            f"{area}/source/{name}_latency_p95_s": float(np.percentile(seconds, 95)),
-            f"{area}/source/{name}_failed_count": float(sum(call["num_failed"] for call in own)),
-            f"{area}/source/{name}_truncated_count": float(sum(call["num_truncated"] for call in own)),
-        }
-        counts = np.array([call["num_responses"] - call["num_failed"] for call in own], dtype=np.float64)
-        if counts.any():
-            kept = counts > 0
-            means, stds = (np.array([call[key] for call in own])[kept] for key in ("score_mean", "score_std"))
-            mean = np.average(means, weights=counts[kept])
-            square = np.average(stds**2 + (means - mean) ** 2, weights=counts[kept])
-            metrics |= {
-                f"{area}/source/{name}_score_mean": float(mean),
-                f"{area}/source/{name}_score_std": float(np.sqrt(square)),
-            }
-    return metrics
-
-
-def clustered_standard_error(groups: Sequence[np.ndarray]) -> float:
-    """Standard error of the mean over all scores, where those of one prompt are one cluster (they resemble each other).
-
-    0 with fewer than two prompts that have a score.
-    """
-    filled = [group for group in groups if len(group)]
-    if len(filled) < 2:
-        return 0.0
-    everything = np.concatenate(filled)
-    residuals = np.array([(group - everything.mean()).sum() for group in filled])
-    count = len(filled)
-    return float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / len(everything))
-
-
-def timed() -> Callable[[], float]:
-    """Seconds since this call."""
-    started = time.perf_counter()
-    return lambda: time.perf_counter() - started
+def sample_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+    """Prompt, response and score of the first response, of the groups that were asked for it."""
+    return [
+        {**group.rollout_summary["sample"], "score": group.reward_summary["scores"][0]}
+        for group in groups
+        if "sample" in group.rollout_summary
+    ]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylhf.batch import Prompt
-from raylhf.cluster.actors import gather, value_of
-from raylhf.config import RunConfig
-from raylhf.driver.collect import ScoredGroup, batch_metrics, collect
+from raylhf.cluster.actors import Held, gather
+from raylhf.driver.batch_metrics import batch_metrics
+from raylhf.driver.collect import Collection, ScoredGroup, hand_over, sample_rows
 from raylhf.driver.workers import Workers
 
 
@@ -22,47 +22,29 @@ class Evaluation:
 
 
 def evaluate(
-    config: RunConfig,
-    workers: Workers,
-    prompts: Sequence[Prompt],
-    *,
-    seed_key: Sequence[int],
-    should_stop: Callable[[], bool],
+    workers: Workers, prompts: Sequence[Prompt], *, seed_key: Sequence[int], should_stop: Callable[[], bool]
 ) -> Evaluation:
     """Sample and score the held-out prompts, and measure the KL to the reference and the entropy on them."""
-    groups = collect(
-        config,
+    config = workers.config
+    collection = Collection(
         workers,
         prompts,
         num_responses=config.evaluation.responses_per_prompt,
+        num_samples=config.evaluation.num_samples,
         seed_key=seed_key,
         should_stop=should_stop,
     )
     learners = workers.learner
-    measured = {}
-    for rank in range(len(learners)):
-        share = groups[rank :: len(learners)]
+    num_ranks = len(learners)
+
+    def references(groups: Sequence[ScoredGroup]) -> list[list[list[Any]]]:
         # With fewer prompts than ranks, some ranks take part without counting.
-        references = [group.rollouts for group in share or groups[:1]]
-        measured[learners.name(rank)] = learners.submit(rank, "measure", references, is_counted=bool(share))
+        return [[[group.rollouts for group in groups[rank::num_ranks] or groups[:1]]] for rank in range(num_ranks)]
+
+    groups = hand_over(collection, learners, references, timeout_s=config.cluster.step_timeout_s)
+    measured = {
+        learners.name(rank): learners.submit(rank, "measure", Held(), is_counted=rank < len(groups))
+        for rank in range(num_ranks)
+    }
     metrics = gather(measured, phase="evaluation", timeout_s=config.cluster.step_timeout_s)[0]
-    samples = sample_rows(groups, limit=config.evaluation.num_samples)
-    return Evaluation(metrics=metrics | batch_metrics(groups, area="eval"), samples=samples)
-
-
-def sample_rows(groups: Sequence[ScoredGroup], *, limit: int) -> list[dict[str, Any]]:
-    """Prompt, response and score of the first response of the first groups."""
-    rows = []
-    for group in groups[:limit]:
-        rollouts = value_of(group.rollouts)
-        rows.append(
-            {
-                "prompt_index": rollouts.prompts[0].index,
-                "prompt": rollouts.prompts[0].text,
-                "response": rollouts.response_texts[0],
-                "score": group.reward_summary["scores"][0],
-                "finish_reason": rollouts.finish_reasons[0],
-                "policy_version": int(rollouts.policy_versions[0]),
-            }
-        )
-    return rows
+    return Evaluation(metrics=metrics | batch_metrics(groups, area="eval"), samples=sample_rows(groups))

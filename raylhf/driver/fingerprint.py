@@ -20,15 +20,25 @@ _FREE = (
     "objective.kl_budget_per_sequence",
     "reward.replicas",
     "reward.num_cpus",
+    "reward.resources",
+    "reward.placement",
     "reward.num_gpus",
     "reward.threads",
     "reward.batch_tokens",
     "rollout.replicas",
+    "rollout.min_replicas",
+    "rollout.max_replicas",
     "rollout.num_cpus",
+    "rollout.resources",
+    "rollout.placement",
     "rollout.threads",
     "rollout.kv_cache_gib",
     "rollout.gpu_memory_utilization",
+    "learner.num_ranks",
+    "learner.zero_stage",
     "learner.num_cpus",
+    "learner.resources",
+    "learner.placement",
     "learner.threads",
 )
 """Settings (and sections) that a resumed run may change: none decides what the numbers so far meant."""
@@ -48,7 +58,8 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 def require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, folder: str) -> None:
     """ValueError naming every setting in which a resumed run differs from the one that wrote the checkpoint."""
-    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    # An older checkpoint may list settings that are free by now.
+    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key) and not _is_free(key)]
     if changed:
         listed = "; ".join(f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in changed)
         raise ValueError(

@@ -9,12 +9,12 @@ from raylhf.cluster.actors import ActorGroup
 from raylhf.cluster.session import ray_session, run_on_cluster
 from raylhf.config.preference import loss_of
 from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
-from raylhf.driver.checkpoints import begin_checkpoint, commit_checkpoint
-from raylhf.driver.collect import timed
+from raylhf.driver.checkpoints import commit_checkpoint, writing_checkpoint
 from raylhf.driver.fingerprint import fixed_settings
 from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
 from raylhf.driver.report import print_offline_report
 from raylhf.driver.roles import prepare_offline
+from raylhf.driver.timing import timed
 from raylhf.driver.workers import running_offline_learners
 from raylhf.text.data_report import leaks
 from raylhf.text.judgements import examples_digest, load_split
@@ -55,7 +55,9 @@ class OfflineJob:
             start_s = config.cluster.start_timeout_s
             folders = run_on_cluster(prepare_offline, config, timeout_s=start_s, should_stop=context.should_stop)
             tracker.set_phase("starting learners")
-            with running_offline_learners(config, folders, should_stop=context.should_stop) as learners:
+            with running_offline_learners(
+                config, folders, folder=context.folder, should_stop=context.should_stop
+            ) as learners:
                 run = OfflineRun(config, context, learners, self.num_steps, self._has_held_out)
                 if checkpoint is not None:
                     run.restore(*checkpoint)
@@ -141,10 +143,10 @@ class OfflineRun:
         context = self.context
         context.tracker.set_phase("checkpoint")
         seconds = timed()
-        folder = begin_checkpoint(context.folder, self.step)
-        self._call("save", str(folder))
-        state = {"step": self.step, "evaluations": context.evaluations, "settings": context.fingerprint}
-        commit_checkpoint(folder, step=self.step, state=state, keep=self.config.checkpoint.keep)
+        with writing_checkpoint(context.folder, self.step) as folder:
+            self._call("save", str(folder))
+            state = {"step": self.step, "evaluations": context.evaluations, "settings": context.fingerprint}
+            commit_checkpoint(folder, step=self.step, state=state, keep=self.config.checkpoint.keep)
         self.saved_step = self.step
         context.tracker.log(self.step, {"time/save_s": seconds()})
 

@@ -6,12 +6,15 @@ from typing import Any
 
 from raylhf.cluster.session import ray_session, run_on_cluster
 from raylhf.config import RunConfig
+from raylhf.driver.batches import BatchQueue
+from raylhf.driver.crash import CrashReporter, Moment
 from raylhf.driver.fingerprint import fixed_settings, prompts_digest
 from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
-from raylhf.driver.ppo import Run, train_ppo
+from raylhf.driver.ledger import Ledger
+from raylhf.driver.ppo import Run, load_learners, restore_driver, state_of, train_ppo
 from raylhf.driver.report import print_report
 from raylhf.driver.roles import prepare
-from raylhf.driver.workers import running_workers
+from raylhf.driver.workers import LOG_FOLDER, running_workers
 from raylhf.text.prompts import PromptOrder, drop_overlong, load_prompts, split_held_out
 
 
@@ -39,12 +42,31 @@ class PolicyJob:
                 run.held_out, dropped = drop_overlong(self._held_out, lengths[-len(self._held_out) :], longest)
                 run.dropped_overlong += dropped
             run.order = PromptOrder(prompts, seed=config.seed, shuffle=config.data.shuffle)
+            run.ledger = Ledger(context.folder)
+            run.crashes = CrashReporter(
+                context.folder,
+                context.folder / LOG_FOLDER,
+                lambda: Moment(context.tracker.phase, run.step, [prompt.index for prompt in run.sampling]),
+            )
+            if checkpoint is None and run.dropped_overlong:
+                kept = {prompt.index for prompt in [*prompts, *run.held_out]}
+                rows = [prompt.index for prompt in everything if prompt.index not in kept]
+                run.ledger.exclude(rows, f"longer than data.max_prompt_tokens={longest}")
             context.tracker.set_phase("starting workers")
             with running_workers(
-                config, prepared.model, prepared.second, should_stop=context.should_stop
+                config,
+                prepared.model,
+                prepared.second,
+                folder=context.folder,
+                should_stop=context.should_stop,
+                on_loss=run.crashes.worker_lost,
             ) as run.workers:
+                run.batches = BatchQueue(run.workers, run.order, run.ledger, context.should_stop)
+                run.beginning = state_of(run)
                 if checkpoint is not None:
-                    _restore(run, *checkpoint)
+                    context.tracker.set_phase(f"resuming from {checkpoint[0].name}")
+                    load_learners(run, checkpoint[0])
+                    restore_driver(run, checkpoint[1])
                 status = train_ppo(run)
                 if config.checkpoint.export and status != "stopped":
                     context.tracker.set_phase("export")
@@ -62,14 +84,3 @@ class PolicyJob:
     def report(self, folder: Path, status: str, evaluations: list[dict[str, Any]]) -> None:
         """Print the first against the last evaluation."""
         print_report(self._config, folder, status, evaluations)
-
-
-def _restore(run: Run, folder: Path, state: dict[str, Any]) -> None:
-    """Continue from a checkpoint."""
-    run.tracker.set_phase(f"resuming from {folder.name}")
-    timeout_s = run.config.cluster.step_timeout_s
-    run.workers.learner.call_all("load", str(folder), timeout_s=timeout_s)
-    run.workers.reward.call_all("load_state_dict", state["reward"], timeout_s=timeout_s)
-    run.order.restore(state["order"])
-    run.step, run.kl = state["step"], state["kl"]
-    run.evaluations.extend(state["evaluations"])

@@ -10,10 +10,12 @@ from typing import Any
 
 from raylhf.cluster.actors import StopRequestedError, WorkerError
 from raylhf.config.run import AnyRunConfig, OfflineRunConfig
-from raylhf.driver.checkpoints import newest_checkpoint, set_checkpoints_aside
+from raylhf.driver.checkpoints import CheckpointError, newest_checkpoint, set_checkpoints_aside
 from raylhf.driver.fingerprint import require_same_settings
-from raylhf.driver.folder import record_settings, run_folder
+from raylhf.driver.folder import locked, record_settings, run_folder
 from raylhf.driver.job import Job, RunContext
+from raylhf.driver.ledger import set_ledger_aside
+from raylhf.driver.scaling import set_request_aside
 from raylhf.tracking import Tracker
 
 EXIT_OK, EXIT_FAILED = 0, 1
@@ -22,8 +24,17 @@ EXIT_CODES = {"complete": EXIT_OK, "over KL budget": 3, "stopped": 130}
 
 
 def train(config: AnyRunConfig) -> int:
-    """Run to the end, or to where the user stops it; returns the exit code."""
+    """Run to the end, or to where the user stops it; returns the exit code.
+
+    Raises:
+        ValueError: the user's mistake, or another process trains the run.
+    """
     folder = run_folder(config)
+    with locked(folder):
+        return _train_in(folder, config)
+
+
+def _train_in(folder: Path, config: AnyRunConfig) -> int:
     job = open_job(config)
     if not config.checkpoint.resume:
         set_checkpoints_aside(folder)
@@ -38,6 +49,9 @@ def train(config: AnyRunConfig) -> int:
             "num_steps to go on, or give another name= to start anew."
         )
         return EXIT_OK
+    if resumed_step is None:
+        set_ledger_aside(folder)
+        set_request_aside(folder)
     record_settings(config, folder)
     tracker = Tracker(config, folder, None if resumed_step is None else resumed_step + 1, num_steps=job.num_steps)
     evaluations: list[dict[str, Any]] = []
@@ -48,7 +62,7 @@ def train(config: AnyRunConfig) -> int:
             status = job.run(context, checkpoint)
     except StopRequestedError:
         status = "stopped"
-    except WorkerError as error:
+    except (WorkerError, CheckpointError) as error:
         print(f"raylhf: {error}", file=sys.stderr)
         return EXIT_FAILED
     finally:

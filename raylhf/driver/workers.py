@@ -1,17 +1,17 @@
-"""The three roles of a run: starting them, connecting learners with rollout workers, ending them."""
+"""The three roles of a run: starting them, keeping them going, ending them."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import psutil
-
-from raylhf.cluster.actors import ActorGroup, WorkerError, gather, start_group
+from raylhf.cluster.actors import ActorGroup, Identity, Launcher, WorkerError, gather
+from raylhf.cluster.placement import RolePlacement, reserve
+from raylhf.cluster.pool import Loss, WorkerPool
 from raylhf.cluster.session import preflight
 from raylhf.config import RunConfig
-from raylhf.config.placement import roles_of
+from raylhf.config.placement import COLOCATED, reserved_roles, roles_of
 from raylhf.config.run import AnyRunConfig, OfflineRunConfig, RewardModelRunConfig
 from raylhf.driver.roles import (
     learner_worker,
@@ -19,51 +19,189 @@ from raylhf.driver.roles import (
     reward_learner_worker,
     reward_worker,
     rollout_worker,
-    weight_sender,
 )
+from raylhf.driver.scaling import RolloutScaling
+from raylhf.driver.statistics import RewardStatistics
+from raylhf.driver.weight_sync import WeightSync
 
+LOGGER = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 30.0
+LOG_FOLDER = "logs"
 
 
-@dataclass(frozen=True)
 class Workers:
-    """The groups of a run."""
+    """The workers of a run. Rollout and reward workers are replaced one by one, learners all together."""
 
-    rollout: ActorGroup
-    reward: ActorGroup
-    learner: ActorGroup
+    def __init__(
+        self,
+        config: RunConfig,
+        model_folder: str,
+        second_folder: str,
+        *,
+        folder: Path,
+        should_stop: Callable[[], bool],
+        on_loss: Callable[[Loss], None],
+    ) -> None:
+        """Launch all of them. `second_folder` is that of the critic's or guide's model, `folder` the run's.
+
+        Raises:
+            ValueError: the nodes cannot hold them.
+            WorkerError: what they need is not free within the deadline.
+        """
+        self.config = config
+        self._folders = (model_folder, second_folder)
+        self._logs = folder / LOG_FOLDER
+        self._should_stop = should_stop
+        self.scaling = RolloutScaling(config, folder)
+        roles = reserved_roles(config, num_rollout=self.scaling.start_size)
+        preflight(roles)
+        cluster = config.cluster
+        self._places = reserve(roles, timeout_s=cluster.start_timeout_s, should_stop=should_stop)
+        if COLOCATED in self._places:
+            self._places |= dict.fromkeys(("rollout", "learner"), self._places.pop(COLOCATED))
+        limits = {
+            "silence_s": cluster.worker_timeout_s,
+            "start_timeout_s": cluster.start_timeout_s,
+            "max_losses": cluster.max_restarts,
+            "on_loss": on_loss,
+        }
+        # Rewards first in line: a reward that cannot be built is told before the engines are up.
+        self.reward = WorkerPool(
+            self._launcher("reward", reward_worker, config.reward),
+            lambda number: ((config.reward, model_folder), {}),
+            size=config.reward.replicas,
+            **limits,
+        )
+        self.rollout = WorkerPool(
+            self._launcher("rollout", rollout_worker, config.rollout),
+            lambda number: ((config, model_folder), {"replica": number}),
+            size=self.scaling.start_size,
+            may_join=self._places["rollout"].take,
+            **limits,
+        )
+        self.learner = self._launch_learners()
+        self.statistics = RewardStatistics(config, self.reward, should_stop)
+        self.sync = WeightSync(config, self.rollout, self.learner)
+
+    def start(self) -> None:
+        """Wait until all of them are up."""
+        starts = self.reward.start_references() | self.rollout.start_references()
+        starts |= _start_learners(self.config, self.learner, self._should_stop)
+        timeout_s = self.config.cluster.start_timeout_s
+        gather(starts, phase="start-up", timeout_s=timeout_s, should_stop=self._should_stop)
+        self.rollout.poll()
+        self.reward.poll()
+        self.statistics.begin()
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Send the learners' weights to every rollout worker that is up (see `WeightSync.send`)."""
+        return self.sync.send(version, should_stop=self._should_stop)
+
+    def tend(self, *, may_publish: bool = True) -> bool:
+        """Look after rollout and reward workers, without waiting unless nobody else can go on.
+
+        With `may_publish`, weights are sent where no rollout worker has the present ones; the learners must be idle.
+        Returns whether a reward worker was lost since the last time.
+
+        Raises:
+            WorkerError: a worker is lost again and again.
+        """
+        self.rollout.poll()
+        has_lost_rewards = bool(self.reward.poll())
+        self.statistics.bring_back()
+        if may_publish and not self.rollout.serving() and self.rollout.up():
+            self.publish(self.sync.version)
+        return has_lost_rewards
+
+    def follow_scaling(self) -> None:
+        """Let rollout workers join or leave, as asked for; to be called between two steps.
+
+        Those that join start beside the others, and serve after the next weight sync that finds them up.
+        """
+        self.scaling.follow(self.rollout)
+        self._places["rollout"].keep(self.rollout.members)
+
+    def has_room(self) -> bool:
+        """Whether there is room for one more rollout worker now; it is kept for it until the next step begins."""
+        return self._places["rollout"].take(self.rollout.free_number())
+
+    def progressed(self) -> None:
+        """A step is finished: earlier losses are forgiven."""
+        self.rollout.progressed()
+        self.reward.progressed()
+
+    def restart_learners(self) -> None:
+        """End all ranks and start new ones, which hold the model folder's weights until they load a checkpoint."""
+        self.learner.kill()
+        self.learner = self._launch_learners()
+        self.sync = WeightSync(self.config, self.rollout, self.learner)
+        starts = _start_learners(self.config, self.learner, self._should_stop)
+        timeout_s = self.config.cluster.start_timeout_s
+        gather(starts, phase="restart of the learners", timeout_s=timeout_s, should_stop=self._should_stop)
+
+    def end(self) -> None:
+        """Ask workers to close, within a deadline, then end what is left, whatever happens meanwhile."""
+        try:
+            # A worker that does not close is ended below; the failure that led here is the one to report.
+            with suppress(WorkerError, ValueError):
+                closing = self.rollout.submit_to(self.rollout.up(), "close") | self.learner.submit_all("close")
+                gather(closing, phase="closing", timeout_s=CLOSE_TIMEOUT_S)
+        finally:
+            self.rollout.kill()
+            self.reward.kill()
+            self.learner.kill()
+            for place in self._places.values():
+                place.remove()
+
+    def _launcher(self, role: str, build: Callable[..., Any], settings: Any) -> Launcher:
+        return Launcher(
+            role,
+            build,
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
+            env={"OMP_NUM_THREADS": str(settings.threads)},
+            log_folder=self._logs,
+            is_async=True,
+            resources=settings.resources,
+            options_of=self._places[role].options,
+        )
+
+    def _launch_learners(self) -> ActorGroup:
+        place = self._places["learner"]
+        return _launch_learners(self.config, learner_worker, *self._folders, logs=self._logs, place=place)
 
 
 @contextmanager
 def running_workers(
-    config: RunConfig, folder: str, second_folder: str, *, should_stop: Callable[[], bool]
+    config: RunConfig,
+    model_folder: str,
+    second_folder: str,
+    *,
+    folder: Path,
+    should_stop: Callable[[], bool],
+    on_loss: Callable[[Loss], None],
 ) -> Iterator[Workers]:
-    """Start all workers, hand them out when all are ready and connected, and end them and their children after."""
-    preflight(roles_of(config))
-    workers = _create(config, folder, second_folder)
-    children: list[psutil.Process] = []
+    """Start all workers, hand them out when all are ready, and end them and their children after."""
+    workers = Workers(config, model_folder, second_folder, folder=folder, should_stop=should_stop, on_loss=on_loss)
     try:
-        # Rewards first in line: a reward that cannot be built is told before the engines are up.
-        starts = workers.reward.submit_all("start") | workers.rollout.submit_all("start")
-        starts |= _start_learners(config, workers.learner, should_stop)
-        gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
-        children = _children(config, workers)
-        _connect(config, workers)
+        workers.start()
         yield workers
     finally:
-        _end(workers, children)
+        workers.end()
 
 
 @contextmanager
 def running_offline_learners(
-    config: OfflineRunConfig, folders: Sequence[str], *, should_stop: Callable[[], bool]
+    config: OfflineRunConfig, model_folders: Sequence[str], *, folder: Path, should_stop: Callable[[], bool]
 ) -> Iterator[ActorGroup]:
     """Start the ranks that train on stored judgements, hand them out when all are ready, and end them after."""
     preflight(roles_of(config))
-    if isinstance(config, RewardModelRunConfig):
-        learners = _create_learners(config, reward_learner_worker, folders[0])
-    else:
-        learners = _create_learners(config, preference_learner_worker, folders[0], folders[-1])
+    places = reserve(roles_of(config), timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
+    place = places["learner"]
+    is_reward_model = isinstance(config, RewardModelRunConfig)
+    build = reward_learner_worker if is_reward_model else preference_learner_worker
+    models = model_folders[:1] if is_reward_model else (model_folders[0], model_folders[-1])
+    learners = _launch_learners(config, build, *models, logs=folder / LOG_FOLDER, place=place)
     try:
         starts = _start_learners(config, learners, should_stop)
         gather(starts, phase="start-up", timeout_s=config.cluster.start_timeout_s, should_stop=should_stop)
@@ -74,102 +212,37 @@ def running_offline_learners(
                 learners.call_all("close", timeout_s=CLOSE_TIMEOUT_S)
         finally:
             learners.kill()
+            place.remove()
 
 
-def _create(config: RunConfig, folder: str, second_folder: str) -> Workers:
-    rollout = config.rollout
-    return Workers(
-        rollout=start_group(
-            "rollout",
-            rollout_worker,
-            [((config, folder), {"replica": i}) for i in range(rollout.replicas)],
-            num_cpus=rollout.num_cpus,
-            num_gpus=rollout.num_gpus,
-            env={"OMP_NUM_THREADS": str(rollout.threads)},
-            is_async=True,
-        ),
-        reward=start_group(
-            "reward",
-            reward_worker,
-            [((config.reward, folder), {}) for _ in range(config.reward.replicas)],
-            num_cpus=config.reward.num_cpus,
-            num_gpus=config.reward.num_gpus,
-            env={"OMP_NUM_THREADS": str(config.reward.threads)},
-            is_async=True,
-        ),
-        learner=_create_learners(config, learner_worker, folder, second_folder),
-    )
-
-
-def _create_learners(config: AnyRunConfig, build: Callable[..., Any], *args: Any) -> ActorGroup:
+def _launch_learners(
+    config: AnyRunConfig, build: Callable[..., Any], *args: Any, logs: Path, place: RolePlacement
+) -> ActorGroup:
     """The ranks: `build(config, *args, rank=...)` each."""
     learner = config.learner
     env = {"OMP_NUM_THREADS": str(learner.threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if learner.num_gpus == 0:
         env["DS_ACCELERATOR"] = "cpu"
-    return start_group(
+    launcher = Launcher(
         "learner",
         build,
-        [((config, *args), {"rank": rank}) for rank in range(learner.num_ranks)],
         num_cpus=learner.num_cpus,
         num_gpus=learner.num_gpus,
         env=env,
+        log_folder=logs,
+        resources=learner.resources,
+        options_of=place.options,
+    )
+    return ActorGroup(
+        "learner", tuple(launcher.launch(rank, config, *args, rank=rank) for rank in range(learner.num_ranks))
     )
 
 
 def _start_learners(config: AnyRunConfig, learners: ActorGroup, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    address = {
-        f"{learners.name(0)} (host)": learners.node_ip(0),
-        learners.name(0): learners.submit(0, "open_rendezvous"),
-    }
+    """References to the ranks' start by name, when rank 0 has said where they meet."""
+    first = learners.name(0)
+    calls = {f"{first} (host)": learners.identities()[first], first: learners.submit(0, "open_rendezvous")}
     timeout_s = config.cluster.start_timeout_s
-    host, port = gather(address, phase="rendezvous", timeout_s=timeout_s, should_stop=should_stop)
-    return learners.submit_all("start", host, port)
-
-
-def _connect(config: RunConfig, workers: Workers) -> None:
-    """Open the weight transfer between rank 0 of the learners and every rollout worker."""
-    timeout_s = config.cluster.start_timeout_s
-    tensor_parallel = config.rollout.tensor_parallel_size
-    host = gather({workers.learner.name(0): workers.learner.node_ip(0)}, phase="node_ip", timeout_s=timeout_s)[0]
-    make_sender = partial(
-        weight_sender,
-        config.weight_transfer,
-        world_size_of_rollout=config.rollout.replicas * tensor_parallel,
-        host=host,
-        timeout_s=timeout_s,
-    )
-    init_info = workers.learner.call_all("prepare_sender", make_sender, timeout_s=timeout_s)[0]
-    joins = {
-        workers.rollout.name(i): workers.rollout.submit(i, "join_transfer", init_info)
-        for i in range(len(workers.rollout))
-    }
-    gather(
-        joins | workers.learner.submit_all("connect_sender"), phase="connecting weight transfer", timeout_s=timeout_s
-    )
-
-
-def _children(config: RunConfig, workers: Workers) -> list[psutil.Process]:
-    """Child processes of rollout workers on this machine (none are looked up on another node)."""
-    if config.cluster.address is not None:
-        return []
-    pids = [pid for pids in workers.rollout.call_all("child_pids", timeout_s=CLOSE_TIMEOUT_S) for pid in pids]
-    return [psutil.Process(pid) for pid in pids]
-
-
-def _end(workers: Workers, children: list[psutil.Process]) -> None:
-    """Ask workers to close, within a deadline, then end what is left, whatever happens meanwhile."""
-    try:
-        # A worker that does not close is ended below; the failure that led here is the one to report.
-        with suppress(WorkerError, ValueError):
-            gather(
-                workers.rollout.submit_all("close") | workers.learner.submit_all("close"),
-                phase="closing",
-                timeout_s=CLOSE_TIMEOUT_S,
-            )
-    finally:
-        for group in (workers.rollout, workers.reward, workers.learner):
-            group.kill()
-        for child in children:
-            with suppress(psutil.NoSuchProcess):  # it ended, or its number belongs to another process now
-                child.kill()
+    identity, port = gather(calls, phase="rendezvous", timeout_s=timeout_s, should_stop=should_stop)
+    assert isinstance(identity, Identity)
+    return learners.submit_all("start", identity.node_ip, port)

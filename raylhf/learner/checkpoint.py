@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raylhf.learner.changed_shape import load_converted, must_convert, read_shape, write_shape
 from raylhf.learner.models import LearnerModels
 
 _TAG = "state"
@@ -19,19 +20,37 @@ def save_engine(folder: Path, engine: Any, state: dict[str, Any]) -> None:
         client_state={"raylhf": state, "torch_rng": torch.get_rng_state()},
         exclude_frozen_parameters=_has_frozen(engine),
     )
+    write_shape(folder, engine)
 
 
 def load_engine(folder: Path, engine: Any) -> dict[str, Any]:
     """Restore an engine and torch's random state (collective), and return the saved state.
 
+    What as many ranks saved with the same ZeRO stage is loaded as it is; anything else is converted first.
+
     Raises:
-        ValueError: the folder holds no checkpoint that fits.
+        ValueError: the folder holds no checkpoint that fits, or it cannot be converted.
     """
+    saved = read_shape(folder)
+    if saved is not None and must_convert(
+        saved, num_ranks=dist.get_world_size(), zero_stage=engine.zero_optimization_stage()
+    ):
+        client_state = load_converted(folder, engine, saved, tag=_TAG)
+    else:
+        client_state = _load_as_saved(folder, engine)
+    if engine.zero_optimization_stage() == 3:
+        # Partitioned again, as before a first forward pass: DeepSpeed leaves small weights gathered, and with adapters
+        # an engine that has not run yet then loses count of its modules ("tracing error").
+        engine.optimizer.checkpoint_event_prologue()
+    torch.set_rng_state(client_state["torch_rng"])
+    return client_state["raylhf"]
+
+
+def _load_as_saved(folder: Path, engine: Any) -> dict[str, Any]:
     loaded, client_state = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _has_frozen(engine))
     if loaded is None:
         raise ValueError(f"{folder} holds no learner checkpoint; remove the folder, or set checkpoint.resume=false")
-    torch.set_rng_state(client_state["torch_rng"])
-    return client_state["raylhf"]
+    return client_state
 
 
 def save_learner(folder: Path, models: LearnerModels, state: dict[str, Any]) -> None:

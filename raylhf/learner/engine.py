@@ -1,4 +1,4 @@
-"""DeepSpeed: process group, engine settings, gathering. The only file that imports deepspeed."""
+"""DeepSpeed: process group, engine settings, gathering. Only this file and `changed_shape` import deepspeed."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +91,7 @@ def engine_settings(config: LearnerConfig, *, use_bf16: bool, hidden_size: int) 
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
         # Reductions in the parameters' own type: float32 stays float32.
-        "communication_data_type": "bfp16" if use_bf16 else "fp32",
+        "communication_data_type": "bf16" if use_bf16 else "fp32",
     }
 
 
@@ -171,17 +171,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak.item()
 
 
+def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """The Adam that DeepSpeed wraps."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def adam_states(engine: deepspeed.DeepSpeedEngine, group: int) -> list[dict[str, Any]]:
+    """Adam's states of a parameter group on this rank: of its parameters (ZeRO 0), or of flat parts of them."""
+    inner, outer = inner_optimizer(engine), engine.optimizer
+    owners: list[Any] = inner.param_groups[group]["params"]
+    if engine.zero_optimization_stage() == 3:  # which has the groups empty between its steps
+        flat: Any = outer
+        owners = [p for i, p in enumerate(flat.fp32_partitioned_groups_flat) if flat.sub_group_to_group_id[i] == group]
+    return [state for owner in owners if (state := inner.state.get(owner))]
+
+
 def restart_adam(engine: deepspeed.DeepSpeedEngine, *, group: int) -> None:
     """Forget the steps that a parameter group took without gradients, while another group learnt.
 
     They left its moments at zero but advanced its step count; without bias correction, Adam's first real updates would
     be several times the learning rate.
     """
-    optimizer: Any = engine.optimizer
-    torch_optimizer = getattr(optimizer, "optimizer", optimizer)
-    for parameter in torch_optimizer.param_groups[group]["params"]:
-        if "step" in (state := torch_optimizer.state.get(parameter, {})):
-            state["step"] = torch.zeros_like(state["step"])
+    for state in adam_states(engine, group):
+        state["step"] = 0 * state["step"]  # a tensor, or a number in DeepSpeed's Adam
 
 
 def _plain_gradient_norm(module: Any) -> float | None:

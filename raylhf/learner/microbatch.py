@@ -146,7 +146,7 @@ def without_empty(rollouts: Rollouts) -> Rollouts:
         rollout_logprobs=[values if len(values) else logprob for values in rollouts.rollout_logprobs],
         response_texts=rollouts.response_texts,
         finish_reasons=rollouts.finish_reasons,
-        policy_versions=rollouts.policy_versions,
+        policy_versions=[versions if len(versions) else token for versions in rollouts.policy_versions],
         temperature=rollouts.temperature,
     )
 

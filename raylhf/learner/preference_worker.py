@@ -219,7 +219,7 @@ class PreferenceLearnerWorker:
         save_learner(Path(folder), self._models, {"step": self._step, "loss": self._update.state_dict()})
 
     def load(self, folder: str) -> int:
-        """Continue from a checkpoint that equally many ranks saved; returns the number of steps it has taken."""
+        """Continue from a checkpoint of any shape (ranks, ZeRO stage); returns the number of steps it has taken."""
         state = load_learner(Path(folder), self._models)
         self._step = state["step"]
         self._update.load_state_dict(state["loss"])

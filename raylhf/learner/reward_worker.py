@@ -210,7 +210,7 @@ class RewardLearnerWorker:
         save_engine(Path(folder) / "reward_model", self._engine, {"step": self._step})
 
     def load(self, folder: str) -> int:
-        """Continue from a checkpoint that equally many ranks saved; returns the number of steps it has taken."""
+        """Continue from a checkpoint of any shape (ranks, ZeRO stage); returns the number of steps it has taken."""
         self._step = load_engine(Path(folder) / "reward_model", self._engine)["step"]
         return self._step
 

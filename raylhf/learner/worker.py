@@ -162,7 +162,9 @@ class LearnerWorker:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def prepare_sender(self, open_sender: SenderFactory) -> dict[str, Any]:
-        """Make the sending end; rank 0's return value is what rollout workers need to join."""
+        """Make the sending end, anew if there was one; rank 0's return value is what rollout workers need to join."""
+        if hasattr(self, "_sender"):
+            self._sender.close()
         self._sender = open_sender(source=self._weights, rank=self._rank)
         return self._sender.prepare()
 
@@ -191,7 +193,7 @@ class LearnerWorker:
         save_learner(Path(folder), self._models, state)
 
     def load(self, folder: str) -> None:
-        """Continue from a checkpoint that equally many ranks saved."""
+        """Continue from a checkpoint, of any number of ranks and ZeRO stage."""
         state = load_learner(Path(folder), self._models)
         self._step = state["step"]
         self._objective.load_state_dict(state["objective"])

@@ -45,6 +45,6 @@ def rollouts_of_texts(rows: Sequence[TextSample]) -> Rollouts:
         rollout_logprobs=[np.broadcast_to(np.float32(0), length) for length in lengths],
         response_texts=[row.response for row in rows],
         finish_reasons=["length" if row.is_truncated else "stop" for row in rows],
-        policy_versions=np.zeros(len(rows), dtype=np.int64),
+        policy_versions=[np.broadcast_to(np.int64(0), length) for length in lengths],
         temperature=1.0,
     )

@@ -109,9 +109,13 @@ class RewardWorker:
         """What was collected since the last call (see `state.merge_pending`)."""
         return self._state.take_pending()
 
-    def commit(self, merged: Mapping[str, Sequence[float]]) -> None:
-        """Fold in what all workers collected; every worker is given the same."""
+    def ping(self) -> None:
+        """Answer, also while a batch is scored."""
+
+    def commit(self, merged: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+        """Fold in what all workers collected; every worker is given the same, and returns the same new state."""
         self._state.commit(merged)
+        return self.state_dict()
 
     def needs_commit(self) -> bool:
         """Whether a node of the graph has no moments yet."""

@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from raylhf.rollout.gloo_stream import ParameterInfo, TransferGroup, open_group, receive_parameters
+from raylhf.rollout.gloo_stream import CorruptWeightsError, ParameterInfo, TransferGroup, open_group, receive_parameters
 from raylhf.rollout.orphans import guard_against_orphanhood
 
 
@@ -108,7 +108,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         stream = receive_parameters(self._group, metadata, round_=update_info.round, bucket_bytes=self._bucket_bytes)
         try:
             self._load(stream)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, (CorruptWeightsError, ValueError)):
+                self.shutdown()  # the connection failed: whoever waits for this end is told at once
             # vLLM would count what is loaded by now as part of the next update.
             self.finish_weight_update()
             raise

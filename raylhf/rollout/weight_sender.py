@@ -85,7 +85,14 @@ class GlooSender:
             _join_gathering(self._source)
             return
         assert self._group is not None, "send() before connect()"
-        send_parameters(self._group, self._source, self._source.metadata(), round_=self._round)
+        parameters = iter(self._source)
+        try:
+            send_parameters(self._group, parameters, self._source.metadata(), round_=self._round)
+        except RuntimeError:
+            self._group.close()  # the receivers that are left need not wait for their deadline
+            for _ in parameters:  # the other ranks gather them too
+                pass
+            raise
 
     def release(self) -> None:
         pass

@@ -4,8 +4,8 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import psutil
 
 from raylhf.batch import FinishReason, Prompt, Rollouts
 from raylhf.config import RunConfig
+from raylhf.failures import BrokenWorkerError, ResponsesLostError
 from raylhf.models.chat import encode_prompt
 from raylhf.models.load import load_tokenizer, stop_token_ids
 from raylhf.rollout.engine import build_engine
@@ -20,6 +21,7 @@ from raylhf.rollout.orphans import descendants, kill_survivors
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _RECOVERY_S = 30.0
@@ -39,6 +41,7 @@ class RolloutWorker:
         self._children: list[psutil.Process] = []
         self._num_requests = 0
         self._failed_update = ""
+        self._has_joined = False
         self._sockets: tempfile.TemporaryDirectory[str]
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -55,11 +58,24 @@ class RolloutWorker:
         self._children = [child for child in descendants() if child not in before]
         async with asyncio.timeout(self._config.cluster.start_timeout_s):
             await self._engine.update_weight_version(str(policy_version))
-        return {"start_s": time.perf_counter() - began, "rss_bytes": self.rss_bytes()}
+        seconds = time.perf_counter() - began
+        print(f"rollout worker {self._replica} is ready after {seconds:.1f} s", flush=True)
+        return {
+            "start_s": seconds,
+            "rss_bytes": self.rss_bytes(),
+            # For a clean-up after this process's death.
+            "children": [(child.pid, child.create_time()) for child in self._children],
+        }
 
-    def child_pids(self) -> list[int]:
-        """The engine's processes, for a clean-up after this process's death."""
-        return [child.pid for child in self._children]
+    async def ping(self) -> int:
+        """The version of the weights, asked of the engine's own process: it answers between two of its steps.
+
+        Raises:
+            BrokenWorkerError: that process is gone.
+        """
+        assert self._engine is not None, "ping() before start()"
+        with self._telling_of_a_dead_engine():
+            return int(await self._engine.get_weight_version())
 
     def rss_bytes(self) -> int:
         """Memory of this process and the engine's."""
@@ -84,24 +100,42 @@ class RolloutWorker:
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
-    async def generate(self, prompt: Prompt, *, num_responses: int, seed: int) -> tuple[Rollouts, dict[str, Any]]:
+    async def generate(
+        self, prompt: Prompt, *, num_responses: int, seed: int, with_sample: bool = False
+    ) -> tuple[Rollouts, dict[str, Any]]:
         """Sample a group; response j is drawn with `seed + j`, whatever else is in flight.
+
+        The second value is a summary that the driver may read; `with_sample` adds the first response for people.
 
         What is in flight can still change the last bits of a larger model's log-probabilities, because matrix kernels
         depend on the batch size (1e-5 at 135M parameters in float32); the tiny model's are equal to the bit.
 
         Raises:
             ValueError: the prompt leaves no room for max_response_tokens.
-            RuntimeError: the engine gave a response up, or holds half-updated weights.
+            BrokenWorkerError: the engine's process is gone, or it holds half-updated weights.
+            ResponsesLostError: a weight sync failed meanwhile.
+            RuntimeError: the engine ended a response as nobody asked it to.
         """
         began = time.perf_counter()
         if self._failed_update:
-            raise RuntimeError(self._failed_update)
+            raise BrokenWorkerError(self._failed_update)
         prompt_ids = self._encode(prompt)
-        async with asyncio.timeout(self._config.cluster.step_timeout_s):
-            results = await asyncio.gather(*(self._sample(prompt_ids, seed + j) for j in range(num_responses)))
+        with self._telling_of_a_dead_engine():
+            async with asyncio.timeout(self._config.cluster.step_timeout_s):
+                results = await asyncio.gather(*(self._sample(prompt_ids, seed + j) for j in range(num_responses)))
         rollouts = self._collect(prompt, prompt_ids, results)
-        return rollouts, summarize(rollouts, self._stop_ids, seconds=time.perf_counter() - began)
+        summary = summarize(rollouts, self._stop_ids, seconds=time.perf_counter() - began)
+        return rollouts, summary | ({"sample": sample_of(rollouts)} if with_sample else {})
+
+    @contextmanager
+    def _telling_of_a_dead_engine(self) -> Iterator[None]:
+        """Whatever goes wrong after the engine's process has ended is a broken worker."""
+        try:
+            yield
+        except Exception as error:
+            if self._engine is not None and self._engine.errored:
+                raise BrokenWorkerError(f"vLLM's engine process is gone: {error!r}") from error
+            raise
 
     def _encode(self, prompt: Prompt) -> list[int]:
         prompt_ids = encode_prompt(self._tokenizer, prompt.messages)
@@ -150,7 +184,7 @@ class RolloutWorker:
             rollout_logprobs=[_sampled_logprobs(completion) for completion in completions],
             response_texts=[self._decode(ids) for ids in response_ids],
             finish_reasons=reasons,
-            policy_versions=np.array([_oldest_version(completion) for completion in completions], dtype=np.int64),
+            policy_versions=[_versions(completion) for completion in completions],
             temperature=self._config.rollout.sampling.temperature,
         )
 
@@ -167,48 +201,60 @@ class RolloutWorker:
             return "stop"
         if reason == "length" and not ends_by_policy:
             return "length"
-        raise RuntimeError(
-            self._failed_update or f"vLLM ended a response with {reason!r} after {len(token_ids)} tokens"
-        )
+        if reason == "abort":  # by `_paused`, the only one who aborts
+            raise ResponsesLostError("its responses were given up in a weight sync that failed")
+        raise RuntimeError(f"vLLM ended a response with {reason!r} after {len(token_ids)} tokens")
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    async def join_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Join the weight-transfer group; waits for all the others. The same `init_info` goes to every replica."""
+    async def join_transfer(self, init_info: Mapping[str, Any], *, place: int) -> None:
+        """Join a weight-transfer group as its engine number `place`, and leave an earlier one; waits for the others.
+
+        The same `init_info` goes to every worker.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         assert self._engine is not None, "join_transfer() before start()"
         info = dict(init_info)
         if "rank_offset" in info:
-            info["rank_offset"] += self._replica * self._config.rollout.tensor_parallel_size
-        async with asyncio.timeout(self._config.cluster.start_timeout_s):
-            await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(info))
+            info["rank_offset"] += place * self._config.rollout.tensor_parallel_size
+        with self._telling_of_a_dead_engine():
+            async with asyncio.timeout(self._config.cluster.start_timeout_s):
+                if self._has_joined:
+                    await self._engine.shutdown_weight_transfer_engine()
+                self._has_joined = True
+                await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(info))
 
     async def update_weights(self, update_info: Mapping[str, Any], *, policy_version: int) -> int:
         """Take one set of weights and return the version read back.
 
         Responses in flight are frozen meanwhile; afterwards their prefixes are computed anew, under the new weights.
-        After an error they fail, and the worker samples nothing until an update succeeds.
+        After an error they are lost, and the worker samples nothing until an update succeeds.
 
         Raises:
+            BrokenWorkerError: the engine's process is gone.
             RuntimeError: the engine reports another version, or could not drop its caches.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         assert self._engine is not None, "update_weights() before start()"
         if self._failed_update and self._config.weight_transfer != "gloo":
-            raise RuntimeError(self._failed_update)  # vLLM's own backends cannot start over
-        async with asyncio.timeout(self._config.cluster.step_timeout_s), self._paused(self._engine):
-            await self._engine.start_weight_update()
-            await self._engine.update_weights(WeightTransferUpdateRequest(dict(update_info)))
-            await self._engine.finish_weight_update(str(policy_version))
-            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise BrokenWorkerError(self._failed_update)  # vLLM's own backends cannot start over
+        with self._telling_of_a_dead_engine():
+            await self._update(self._engine, WeightTransferUpdateRequest(dict(update_info)), policy_version)
+        self._failed_update = ""
+        return policy_version
+
+    async def _update(self, engine: "AsyncLLM", request: "WeightTransferUpdateRequest", policy_version: int) -> None:
+        async with asyncio.timeout(self._config.cluster.step_timeout_s), self._paused(engine):
+            await engine.start_weight_update()
+            await engine.update_weights(request)
+            await engine.finish_weight_update(str(policy_version))
+            if not await engine.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError("vLLM could not drop the prefix cache, which was built with the old weights")
-            version = int(await self._engine.get_weight_version())
+            version = int(await engine.get_weight_version())
             if version != policy_version:
                 raise RuntimeError(f"vLLM serves weights version {version} after an update to {policy_version}")
-        self._failed_update = ""
-        return version
 
     @asynccontextmanager
     async def _paused(self, engine: "AsyncLLM") -> AsyncIterator[None]:
@@ -233,10 +279,12 @@ def _sampled_logprobs(completion: "CompletionOutput") -> np.ndarray:
     return np.array([(candidates or {})[token].logprob for token, candidates in steps], dtype=np.float32)
 
 
-def _oldest_version(completion: "CompletionOutput") -> int:
-    """A response during which the weights changed counts as the older version's."""
-    assert completion.weight_versions
-    return int(completion.weight_versions[0].version)
+def _versions(completion: "CompletionOutput") -> np.ndarray:
+    """Version of the weights that sampled each token, int64 [T]."""
+    versions = np.zeros(len(completion.token_ids), dtype=np.int64)
+    for span in completion.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    return versions
 
 
 def summarize(rollouts: Rollouts, stop_ids: Sequence[int], *, seconds: float) -> dict[str, Any]:
@@ -247,6 +295,19 @@ def summarize(rollouts: Rollouts, stop_ids: Sequence[int], *, seconds: float) ->
         "lengths": lengths.tolist(),
         "num_truncated": int(rollouts.is_truncated.sum()),
         "num_zero_length": sum(all(token in stop_ids for token in ids) for ids in rollouts.response_ids),
-        "policy_version": int(rollouts.policy_versions.min()),
+        "policy_version": rollouts.oldest_version,
+        "version_sum": sum(int(versions.sum()) for versions in rollouts.policy_versions),
+        "num_mixed": sum(len(set(versions.tolist())) > 1 for versions in rollouts.policy_versions),
         "seconds": seconds,
+    }
+
+
+def sample_of(rollouts: Rollouts) -> dict[str, Any]:
+    """The first response as a row of `samples.jsonl`, without its score."""
+    return {
+        "prompt_index": rollouts.prompts[0].index,
+        "prompt": rollouts.prompts[0].text,
+        "response": rollouts.response_texts[0],
+        "finish_reason": rollouts.finish_reasons[0],
+        "policy_version": rollouts.select([0]).oldest_version,
     }

@@ -107,6 +107,11 @@ class PromptOrder:
         """Epochs drawn so far; 1.5 is one and a half."""
         return self._epoch + self._position / len(self._prompts)
 
+    @property
+    def num_drawn(self) -> int:
+        """Prompts drawn so far: the number of the next draw."""
+        return self._epoch * len(self._prompts) + self._position
+
     def draw(self, n: int) -> list[Prompt]:
         """The next n prompts; they may cross the end of an epoch."""
         return [self._next() for _ in range(n)]

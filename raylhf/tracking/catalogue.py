@@ -40,9 +40,17 @@ METRICS: dict[str, Metric] = {
     "rollout/response_length_p95": Metric("95th percentile of the response length", "tokens", "below the limit"),
     "rollout/truncated_frac": Metric("Share of responses that ran into max_response_tokens", "0 to 1", "below 0.1"),
     "rollout/zero_length_count": Metric("Responses without a single token; they are dropped", "responses", "0"),
-    "rollout/tokens_per_s": Metric("Response tokens of all rollout workers by the time of the rollout", "tokens/s"),
+    "rollout/tokens_per_s": Metric(
+        "Response tokens of all rollout workers by the time of the rollout (asynchronous: of the step)", "tokens/s"
+    ),
     "rollout/num_tokens": Metric("Response tokens of the step", "tokens"),
+    "rollout/num_workers": Metric("Rollout workers that serve", "workers", "rollout.replicas, or as scaled"),
     "rollout/policy_version": Metric("Oldest version of the weights that sampled the step's responses", "version"),
+    "rollout/staleness_mean": Metric(
+        "By how many versions the weights that learn are ahead of those that sampled, mean over tokens", "versions"
+    ),
+    "rollout/staleness_max": Metric("The same, of the oldest token", "versions", "at most rollout.max_staleness"),
+    "rollout/mixed_versions_frac": Metric("Share of responses during which the weights changed", "0 to 1"),
     # policy: the update
     "policy/loss": Metric("Policy loss, averaged over the optimizer steps of the batch", "loss", "around 0"),
     "policy/clip_frac": Metric("Share of response tokens whose ratio was clipped", "0 to 1", "0.01 to 0.3"),
@@ -98,6 +106,7 @@ METRICS: dict[str, Metric] = {
     "sync/bytes": Metric("Bytes of the weights sent", "bytes"),
     # time
     "time/rollout_s": Metric("Sampling, and scoring of what is sampled meanwhile", "s"),
+    "time/wait_s": Metric("What the learners waited for the step's responses and scores", "s"),
     "time/reward_s": Metric("Scoring, summed over reward workers; overlaps the rollout", "s"),
     "time/learn_s": Metric("Learning: log-probabilities, values and updates", "s"),
     "time/sync_s": Metric("Weight sync: gather, transfer to all rollout workers, load, read the version back", "s"),

@@ -61,6 +61,8 @@ class Progress:
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Take in the metrics of a step."""
+        if self._times and step < self._times[-1][0]:  # the run went back to a checkpoint
+            self._times.clear()
         if not self._times or step != self._times[-1][0]:
             self._times.append((step, time.monotonic()))
         self._remember(step, metrics)

@@ -29,6 +29,8 @@ class Tracker:
         self._samples = JsonlFile(run_dir / "samples.jsonl", resume_step=resume_step)
         self._row: dict[str, Any] = self._metrics.kept_rows[-1] if self._metrics.kept_rows else {"step": -1}
         self._is_finished = False
+        self.phase = "start"
+        """What the run is doing."""
         self._wandb = None
         if config.tracking.wandb != "disabled":
             from raylhf.tracking.wandb_run import WandbRun
@@ -78,8 +80,18 @@ class Tracker:
             self._wandb.log_table(step, f"samples/{name}", shown)
 
     def set_phase(self, name: str) -> None:
-        """Say what the run is doing now (live console only)."""
+        """Say what the run is doing now."""
+        self.phase = name
         self._console.set_phase(name)
+
+    def rewind(self, step: int) -> None:
+        """Cut off the rows from `step` on, which will be logged again: the run goes back to an earlier state.
+
+        W&B keeps what it was sent; it draws over our own `step`, where the later value of a step hides the earlier.
+        """
+        self._metrics = JsonlFile(self._run_dir / "metrics.jsonl", resume_step=step)
+        self._samples = JsonlFile(self._run_dir / "samples.jsonl", resume_step=step)
+        self._row = self._metrics.kept_rows[-1] if self._metrics.kept_rows else {"step": -1}
 
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
         """Close everything; `summary.json` and W&B get status and summary. A second call does nothing.

@@ -64,11 +64,21 @@ def test_other_errors_are_not_retried(ray_that):
     [
         (Role("learner", 1, 1.0, 2.0), "no node can hold one learner"),
         (Role("rollout", 3, 2.0, 0.0), r"the run needs 6 CPU \(rollout 3 x 2\) but the cluster has 4"),
+        (
+            Role("rollout", 3, 1.0, 0.0, placement="STRICT_SPREAD"),
+            "STRICT_SPREAD of rollout asks for 3 nodes.*1 CPU.*only 2 can hold one.*2 CPU / 1 GPU.*Use SPREAD",
+        ),
+        (
+            Role("learner", 3, 1.0, 0.0, placement="STRICT_PACK"),
+            "STRICT_PACK of learner asks for one node that holds 3 x .*1 CPU.*more than 2.*2 CPU / 1 GPU.*Use PACK",
+        ),
+        (Role("rollout", 2, 0.5, 0.6, placement="STRICT_PACK"), "none holds more than 1"),
     ],
 )
 def test_a_request_that_the_nodes_cannot_serve_names_role_and_nodes(monkeypatch, role, sentence):
     node = {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}
     monkeypatch.setattr(session.ray, "nodes", lambda: [node, node, {"Alive": False, "Resources": {"CPU": 64.0}}])
     preflight([Role("reward", 1, 0.5, 0.0)])
+    preflight([Role("reward", 2, 0.5, 0.5, placement="STRICT_PACK"), Role("b", 2, 1, 0, placement="STRICT_SPREAD")])
     with pytest.raises(ValueError, match=sentence):
         preflight([role])

@@ -146,6 +146,18 @@ def test_shares_of_a_gpu_meet_on_one_gpu(build):
     assert "which Ray would pair at will" in problem
 
 
+def test_only_workers_that_can_come_and_go_have_bounds(build):
+    shares = GPU | {"rollout.num_gpus": 0.4, "learner.num_gpus": 0.6, "cluster.gpus_per_node": 1}
+    for changes, sentence in (
+        (shares, "weights travel by ipc, inside of one GPU"),
+        ({"rollout.placement": "STRICT_PACK"}, "holds only for workers that are there from the start; set it to PACK"),
+    ):
+        (problem,) = check_config(build(changes | {"rollout.max_replicas": 2}))
+        assert problem.startswith("rollout.max_replicas: asks for rollout workers that come and go, but")
+        assert sentence in problem and problem.endswith("or leave min_replicas and max_replicas out")
+    assert check_config(build({"rollout.placement": "SPREAD", "rollout.max_replicas": 2})) == []
+
+
 def test_settings_that_would_do_nothing_are_refused(build):
     for changes, sentence in (
         ({"objective.advantage": "rloo", "rollout.group_size": 2, "objective.gamma": 0.5}, "credits whole responses"),

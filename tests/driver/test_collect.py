@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from raylhf.driver.collect import ScoredGroup, batch_metrics, clustered_standard_error, response_seed, share_among_ranks
+from raylhf.driver.batch_metrics import batch_metrics, clustered_standard_error
+from raylhf.driver.collect import ScoredGroup, response_seed, share_among_ranks
 
 
 def group(scores, valid=None, lengths=None, truncated=0, parts=None, seconds=(0.5,)):

@@ -50,6 +50,8 @@ def loop(monkeypatch):
             kl=kl,
             is_updating=is_updating,
         )
+        run.ledger = cast(Any, SimpleNamespace(begin=lambda step, next_draw: None))
+        run.order = cast(Any, SimpleNamespace(num_drawn=0))
         events: list[str] = []
         remaining = iter(kls)
 
@@ -86,7 +88,7 @@ def loop(monkeypatch):
 def test_a_run_publishes_evaluates_before_and_after_and_saves_at_the_end(loop):
     status, events, _ = loop([0.1, 0.2])
     assert status == "complete"
-    assert events == ["publish 0", "evaluate 0", "step 1", "step 2", "save 2", "evaluate 2"]
+    assert events == ["publish 0", "evaluate 0", "step 1", "step 2", "evaluate 2", "save 2"]
 
 
 def test_a_stop_saves_what_was_done_and_does_not_evaluate(loop):
@@ -113,7 +115,7 @@ def test_the_last_updates_kl_counts_although_only_the_evaluation_sees_it(loop):
 def test_evaluations_and_checkpoints_come_at_their_intervals_and_not_twice(loop):
     _, events, _ = loop([0.0] * 4, save_every=2, evaluate_every=2)
     assert events[1:] == [
-        "evaluate 0", "step 1", "step 2", "save 2", "evaluate 2", "step 3", "step 4", "save 4", "evaluate 4"
+        "evaluate 0", "step 1", "step 2", "evaluate 2", "save 2", "step 3", "step 4", "evaluate 4", "save 4"
     ]  # fmt: skip
 
 
@@ -123,6 +125,12 @@ def test_a_failure_outside_of_learning_saves_what_was_learnt(loop):
         with pytest.raises((ValueError, WorkerError), match="no score|gone"):
             loop(**arguments, saved=saved)
     assert saved == [2, 1]
+
+
+def test_a_stop_in_between_two_steps_saves_nothing(loop):
+    """Ctrl-C while a step's observations wait for a reward worker: the step is learnt, and not yet accounted for."""
+    status, events, _ = loop([0.1, 0.2, None], is_updating=True)
+    assert (status, events[-1]) == ("stopped", "step 2")
 
 
 def test_a_failure_in_between_two_steps_saves_nothing(loop):

@@ -27,7 +27,7 @@ END_S = 120.0
 GRACE_S = 10.0
 POLL_S = 0.2
 CLOCK_METRICS = re.compile(
-    r"time/.*|memory/.*|learn/.*|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|(reward|eval)/source/.*_latency_p\d\d_s"
+    r"time/.*|memory/.*|learn/.*|rollout/num_workers|sync/(seconds|gb_per_s)|(rollout|rm)/tokens_per_s|(reward|eval)/source/.*_latency_p\d\d_s"
 )
 """Metrics that depend on the machine and on what else it does."""
 CALL_METRICS = re.compile(r"(reward|eval)/source/.*_score_(mean|std)")
@@ -138,6 +138,7 @@ class CommandLine:
             "HF_HUB_OFFLINE": "1",
             "PYTHONWARNINGS": "ignore",
             "COLUMNS": "200",
+            "RAY_worker_niceness": "0",  # by default anything else on the machine starves the workers
         }
 
     def start(

@@ -161,7 +161,7 @@ def scored_groups(
             rollout_logprobs=[np.full(len(ids), -3.4, dtype=np.float32) for ids in responses],
             response_texts=[""] * group_size,
             finish_reasons=("stop",) * group_size,
-            policy_versions=np.zeros(group_size, dtype=np.int64),
+            policy_versions=[np.zeros(len(ids), dtype=np.int64) for ids in responses],
             temperature=0.8,
         )
         scores = np.where(valid, members.mean(axis=1), np.nan)

@@ -66,7 +66,7 @@ def scored_groups(seed: int = 0) -> tuple[list[Rollouts], list[RewardOutput]]:
                 rollout_logprobs=[np.full(n, -3.4, dtype=np.float32) for n in lengths],
                 response_texts=["", ""],
                 finish_reasons=["stop", "length"],
-                policy_versions=np.zeros(2, dtype=np.int64),
+                policy_versions=[np.zeros(n, dtype=np.int64) for n in lengths],
                 temperature=0.8,
             )
         )

@@ -64,7 +64,7 @@ def rollouts_of(indexes: np.ndarray, policy: Tensor) -> Rollouts:
         rollout_logprobs=[np.full(LENGTH, policy[i].item() / LENGTH, np.float32) for i in indexes],
         response_texts=[TEXTS[i] for i in indexes],
         finish_reasons=("length",) * size,
-        policy_versions=np.zeros(size, dtype=np.int64),
+        policy_versions=[np.zeros(LENGTH, dtype=np.int64)] * size,
         temperature=1.0,
     )
 

@@ -28,7 +28,7 @@ def make_rollouts(*texts, truncated=(), empty=(), questions=None, metadata=None)
         rollout_logprobs=[np.full(length, -1.0, dtype=np.float32) for length in lengths],
         response_texts=list(texts),
         finish_reasons=["length" if i in truncated else "stop" for i in range(len(texts))],
-        policy_versions=np.zeros(len(texts), dtype=np.int64),
+        policy_versions=[np.zeros(length, dtype=np.int64) for length in lengths],
         temperature=1.0,
     )
 

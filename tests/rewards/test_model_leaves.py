@@ -67,7 +67,7 @@ def rollouts_of(*texts, cut=()):
         rollout_logprobs=[np.zeros(len(row), dtype=np.float32) for row in ids],
         response_texts=list(texts),
         finish_reasons=["length" if i in cut else "stop" for i in range(len(texts))],
-        policy_versions=np.zeros(len(texts), dtype=np.int64),
+        policy_versions=[np.zeros(len(row), dtype=np.int64) for row in ids],
         temperature=1.0,
     )
 

@@ -19,8 +19,8 @@ async def main():
         "reward": {"graph": {"kind": "characters", "characters": "a"}},
     })
     worker = RolloutWorker(config, sys.argv[1], replica=0)
-    await worker.start()
-    print("children", *worker.child_pids(), flush=True)
+    started = await worker.start()
+    print("children", *(pid for pid, _ in started["children"]), flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())

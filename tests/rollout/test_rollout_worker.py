@@ -59,11 +59,11 @@ class Harness:
         self.weights = self.models[0]
         self.version = 0
         self.worker = RolloutWorker(make_config(), folder, replica=0)
-        self.call(self.worker.start())
+        self.started = self.call(self.worker.start())
         self.sender = open_sender(
             "gloo", source=self, rank=0, world_size_of_rollout=1, host="127.0.0.1", timeout_s=WAIT_S
         )
-        joined = self.submit(self.worker.join_transfer(self.sender.prepare()))
+        joined = self.submit(self.worker.join_transfer(self.sender.prepare(), place=0))
         self.sender.connect()
         joined.result(WAIT_S)
 
@@ -173,7 +173,7 @@ def test_equal_weights_change_nothing_and_new_weights_change_the_same_cached_pro
     assert harness.publish(harness.models[0]) == 1
     again = harness.generate(LONG, 2, seed=3)
     assert same(before, again)
-    assert again.policy_versions.tolist() == [1, 1]
+    assert {version for versions in again.policy_versions for version in versions.tolist()} == {1}
     assert harness.publish(harness.models[1]) == 2
     after = harness.generate(LONG, 2, seed=3)
     assert not same(before, after)
@@ -185,9 +185,11 @@ def test_equal_weights_change_nothing_and_new_weights_change_the_same_cached_pro
 def test_an_update_in_the_middle_of_a_response_lets_it_finish_under_the_new_weights(harness):
     async def pause_in_flight() -> None:
         """On the engine's own event loop: a look from this thread may come when all is done."""
-        engine = harness.worker._engine
-        while engine.get_num_unfinished_requests() < 8:
+        engine, most = harness.worker._engine, 0
+        # When the first response has ended, the others have begun.
+        while (unfinished := engine.get_num_unfinished_requests()) < 8 or unfinished >= most:
             assert not flying.done()
+            most = max(most, unfinished)
             await asyncio.sleep(0)
         await engine.pause_generation(mode="keep", clear_cache=False)
 
@@ -200,7 +202,17 @@ def test_an_update_in_the_middle_of_a_response_lets_it_finish_under_the_new_weig
     for i in longest:
         new = model_logprobs(harness.models[1], rollouts.prompt_ids[i], rollouts.response_ids[i])
         assert abs(new[-1] - rollouts.rollout_logprobs[i][-1]) < 1e-4
-    assert set(rollouts.policy_versions.tolist()) <= {harness.version - 1, harness.version}
+        versions = rollouts.policy_versions[i].tolist()
+        assert versions == sorted(versions) and set(versions) <= {harness.version - 1, harness.version}
+        assert versions[-1] == harness.version
+    # Some were half done when the update fell in, and say for each token which weights sampled it.
+    mixed = [i for i in longest if len(set(rollouts.policy_versions[i].tolist())) == 2]
+    assert mixed
+    for i in mixed:
+        old = model_logprobs(harness.models[0], rollouts.prompt_ids[i], rollouts.response_ids[i])
+        new = model_logprobs(harness.models[1], rollouts.prompt_ids[i], rollouts.response_ids[i])
+        is_new = rollouts.policy_versions[i] == harness.version
+        assert np.abs(np.where(is_new, new, old) - rollouts.rollout_logprobs[i]).max() < 1e-4
     harness.publish(harness.models[0])
 
 
@@ -229,8 +241,12 @@ def test_an_update_without_some_of_the_weights_is_refused(harness):
     harness.publish(harness.models[0])
 
 
+def test_a_ping_is_answered_by_the_engine_itself(harness):
+    assert harness.call(harness.worker.ping()) == harness.version
+
+
 def test_close_leaves_no_process(harness):
-    pids = harness.worker.child_pids()
+    pids = [pid for pid, _ in harness.started["children"]]
     assert pids and all(psutil.pid_exists(pid) for pid in pids)
     harness.call(harness.worker.close())
     assert not [process for process in descendants() if process.pid in pids]

@@ -28,6 +28,17 @@ def test_the_time_left_follows_the_pace_and_a_step_shown_twice_counts_once(monke
     assert progress.time_left == "0:06:00"  # (190 - 100) / 2 steps times 8
 
 
+def test_a_run_that_goes_back_is_timed_anew(monkeypatch):
+    clock = iter([100.0, 160.0, 190.0, 200.0])
+    monkeypatch.setattr("raylhf.tracking.console.time.monotonic", lambda: next(clock))
+    progress = Progress(num_steps=10, history=[])
+    for step in (0, 1, 0):
+        progress.update(step, {})
+    assert progress.time_left == "?"
+    progress.update(1, {})
+    assert progress.time_left == "0:01:30"
+
+
 def test_a_resumed_run_is_compared_with_the_first_row_of_its_file(capsys):
     history = [{"step": 0, "eval/score_mean": 0.25}, {"step": 1, "eval/score_mean": None, "reward/score_mean": 1.0}]
     PlainConsole(Progress(num_steps=3, history=history)).show_step(

@@ -1,0 +1,257 @@
+"""Kills: of workers while a run goes on, and of the driver at points all over a step. Nothing may be lost or doubled.
+
+    python benchmarks/chaos.py workers --output runs/chaos --kills 50
+    python benchmarks/chaos.py driver --output runs/chaos
+
+Both train a tiny model for real (vLLM, DeepSpeed, Ray), compare the final weights with those of a run that nobody
+disturbed, and have `raylhf audit` replay the ledger. The results go into chaos_results.json beside this file.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from runs import train_once
+from safetensors.numpy import load_file
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "chaos_results.json"
+CONFIGS = HERE.parent / "configs"
+POLL_S = 0.01
+STALL_S = 600.0
+"""Limit of the wait for the next step."""
+WORKER_SETTINGS = (
+    "rollout.replicas=2",
+    "reward.replicas=2",
+    "reward.graph={kind: whiten, reward: {kind: characters, characters: aeiou}}",
+    "cluster.cpus_per_node=8",
+    "checkpoint.every_steps=2",
+    "evaluation.every_steps=0",
+)
+VICTIMS = ("rollout worker", "engine", "reward worker", "learner", "rollout worker during a weight sync")
+TINY_ONLINE_DPO = (
+    "model.path=tiny",
+    "data.held_out=4",
+    "data.max_prompt_tokens=256",
+    "rollout.prompts_per_step=8",
+    "rollout.group_size=4",
+    "rollout.sampling.max_response_tokens=12",
+    "rollout.threads=1",
+    "learner.micro_batch_size=4",
+    "learner.lr=1e-3",
+    "learner.lora=null",
+)
+DRIVER_RUNS = {
+    f"{method}, ZeRO {stage}": (config, *settings, "learner.num_ranks=2", f"learner.zero_stage={stage}")
+    for method, (config, *settings) in {
+        "PPO": ("tiny_ppo",),
+        "online DPO": ("online_dpo_quickstart", *TINY_ONLINE_DPO),
+    }.items()
+    for stage in (1, 3)
+}
+PHASES = ("start-up", "rollout", "learn", "sync", "save")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["workers", "driver"])
+    parser.add_argument("--output", type=Path, default=Path("runs/chaos"), help="folder of the runs")
+    parser.add_argument("--kills", type=int, default=50, help="kills of workers")
+    parser.add_argument("--steps", type=int, help="steps of a run (workers: 8 for each kill; driver: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of victims and moments")
+    arguments = parser.parse_args()
+    choice = random.Random(arguments.seed)
+    if arguments.what == "workers":
+        found = kill_workers(arguments.output, arguments.kills, arguments.steps or 8 * arguments.kills, choice)
+    else:
+        found = [
+            kill_driver(arguments.output, name, CONFIGS / f"{config}.yaml", settings, arguments.steps or 8, choice)
+            for name, (config, *settings) in DRIVER_RUNS.items()
+        ]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(results | {arguments.what: found}, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+class Shaken:
+    """A run that is watched from outside: its folder, and its processes by their logs."""
+
+    def __init__(self, config: Path, folder: Path, settings: Sequence[str]) -> None:
+        self.folder = folder
+        self._command = [sys.executable, "-m", "raylhf.cli", "train", str(config), f"name={folder.name}"]
+        self._command += [f"output_dir={folder.resolve().parent}", "tracking.console=plain", *settings]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.process = self.start()
+
+    def start(self) -> psutil.Popen:
+        """Start the command (again)."""
+        with (self.folder.parent / f"{self.folder.name}.out").open("a") as out:
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            self.process = psutil.Popen(
+                self._command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        return self.process
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def num_rows(self) -> int:
+        """Steps that were logged so far, those included that were done again."""
+        return sum(event["event"] == "consumed" for event in self.events())
+
+    def events(self) -> list[dict[str, Any]]:
+        """The ledger."""
+        file = self.folder / "ledger.jsonl"
+        if not file.exists():
+            return []
+        lines = file.read_bytes().split(b"\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Wait until `condition` holds; false if the run ended before."""
+        deadline = time.monotonic() + STALL_S
+        while self.is_running:
+            if condition():
+                return True
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing happens in {self.folder} any more; see its logs/ and crashes/")
+            time.sleep(POLL_S)
+        return False
+
+    def worker(self, role: str, choice: random.Random) -> psutil.Process | None:
+        """The process of one of the role's workers, or None if the one that was chosen is not there."""
+        logs = sorted((self.folder / "logs").glob(f"{role}-*.log"))
+        if not logs:
+            return None
+        starts = re.findall(r"^--- process (\d+) starts", choice.choice(logs).read_text(errors="replace"), re.MULTILINE)
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            process = psutil.Process(int(starts[-1]))
+            if self.process in process.parents() and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+def kill_workers(output: Path, kills: int, steps: int, choice: random.Random) -> dict[str, Any]:
+    """One long run in which workers of all roles are killed."""
+    settings = (*WORKER_SETTINGS, f"num_steps={steps}")
+    train_once(CONFIGS / "tiny_ppo.yaml", output / "calm", settings)
+    began = time.monotonic()
+    run = Shaken(CONFIGS / "tiny_ppo.yaml", output / "shaken", settings)
+    counts: Counter[str] = Counter()
+    while counts.total() < kills:
+        before = run.num_rows()
+        if not run.wait_for(lambda before=before: run.num_rows() > before):
+            break
+        time.sleep(choice.uniform(0, 2))
+        kind = choice.choice(VICTIMS)
+        if victim := find(run, kind, choice):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                counts[kind] += 1
+                print(f"{counts.total()}: {kind} ({victim.pid}) after {before + 1} steps", flush=True)
+    code = run.process.wait()
+    return {
+        "kills": counts.total(),
+        "by_victim": dict(counts),
+        "steps": steps,
+        "exit_code": code,
+        "crash_reports": len(list((run.folder / "crashes").glob("*.txt"))),
+        "minutes": (time.monotonic() - began) / 60,
+        **verdict(output / "calm", run.folder),
+    }
+
+
+def find(run: Shaken, kind: str, choice: random.Random) -> psutil.Process | None:
+    """A process of the given kind, if there is one now."""
+    if kind == "rollout worker during a weight sync":
+        before = run.num_rows()
+        run.wait_for(lambda: run.num_rows() > before)  # the learners have just finished a step
+        kind = "rollout worker"
+    process = run.worker("rollout" if kind == "engine" else kind.split()[0], choice)
+    if process is None or kind != "engine":
+        return process
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in process.children(recursive=True):
+            if "spawn_main" in " ".join(child.cmdline()) or child.name().startswith("VLLM"):
+                return child
+    return None
+
+
+def kill_driver(
+    output: Path, name: str, config: Path, settings: Sequence[str], steps: int, choice: random.Random
+) -> dict[str, Any]:
+    """One run whose driver is killed once in every phase, and started again each time."""
+    settings = [*settings, f"num_steps={steps}", "checkpoint.every_steps=1"]
+    label = re.sub(r"\W+", "_", name).lower()
+    train_once(config, output / f"{label}_calm", settings)
+    run = Shaken(config, output / f"{label}_killed", settings)
+    hit: list[str] = []
+    for phase in choice.sample(PHASES, len(PHASES)):
+        if not wait_for_phase(run, phase, choice):
+            break
+        where = moment(run)
+        run.process.kill()
+        run.process.wait()
+        hit.append(f"{phase} ({where})")
+        print(f"{name}: killed in {hit[-1]}", flush=True)
+        run.start()
+    code = run.process.wait()
+    return {"run": name, "killed_in": hit, "exit_code": code, **verdict(output / f"{label}_calm", run.folder)}
+
+
+def wait_for_phase(run: Shaken, phase: str, choice: random.Random) -> bool:
+    """Wait for a moment in `phase` of the process that runs now; false if it ends before."""
+    began = time.time()
+    if phase == "start-up":
+        time.sleep(choice.uniform(2, 20))
+        return run.is_running
+
+    def last(event: str) -> bool:
+        events = run.events()
+        return bool(events) and events[-1]["event"] == event and events[-1]["time"] > began
+
+    if phase == "save":
+        return run.wait_for(lambda: bool(list((run.folder / "checkpoints").glob(".writing_*"))))
+    if not run.wait_for(lambda: last("consumed" if phase == "sync" else "issued")):
+        return False
+    time.sleep({"rollout": choice.uniform(0, 0.2), "learn": choice.uniform(0.3, 0.6), "sync": 0.0}[phase])
+    return run.is_running
+
+
+def moment(run: Shaken) -> str:
+    """What the files of a run say about where it is."""
+    events = run.events()
+    last = events[-1]["event"] if events else "nothing in the ledger"
+    is_saving = bool(list((run.folder / "checkpoints").glob(".writing_*")))
+    return f"{len(events)} events, the last is {last}" + (", writing a checkpoint" if is_saving else "")
+
+
+def verdict(calm: Path, shaken: Path) -> dict[str, Any]:
+    """Whether two runs have the same weights, and what the audit says."""
+    one, other = (load_file(folder / "export" / "model.safetensors") for folder in (calm, shaken))
+    audit = subprocess.run(
+        [sys.executable, "-m", "raylhf.cli", "audit", str(shaken)], capture_output=True, text=True, check=False
+    )
+    return {
+        "weights_equal_to_the_bit": one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one),
+        "audit_exit_code": audit.returncode,
+        "audit": [line.strip() for line in audit.stdout.splitlines() if line.strip()],
+    }
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    main()
