@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
-from raylhf.config.cluster import ClusterConfig
+from raylhf.config.cluster import PRIVATE_FOLDER_VARIABLE, ClusterConfig
 from raylhf.config.placement import EPSILON, Role
 
 START_ATTEMPTS = 3
@@ -27,9 +27,11 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
     A Ray that raylhf starts has no dashboard and asks every caller for a token made for this run alone; its own ports
     are open to the network, as Ray has no setting for that.
     """
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": dict(env)}}
+    variables = dict(env)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     with tempfile.TemporaryDirectory(prefix="raylhf-") as private:
         if config.address is None:
+            variables[PRIVATE_FOLDER_VARIABLE] = private
             _use_private_token(Path(private))
             _init_ray(
                 address="local",  # without it, Ray joins one that somebody else has started on this machine

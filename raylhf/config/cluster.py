@@ -8,6 +8,8 @@ from raylhf.config.base import Settings
 
 PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 """Ray's names."""
+PRIVATE_FOLDER_VARIABLE = "RAYLHF_PRIVATE_FOLDER"
+"""Tells workers of a Ray that raylhf started of a folder that is removed at its end, whatever becomes of them."""
 
 
 class ClusterConfig(Settings):

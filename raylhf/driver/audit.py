@@ -8,7 +8,7 @@ from typing import Any
 from raylhf.driver.ledger import UNREADABLE
 
 _NUM_SHOWN = 5
-_IN_FLIGHT, _CARRIED, _CONSUMED, _DROPPED = "in flight", "carried over", "consumed", "dropped"
+_IN_FLIGHT, _CONSUMED, _DROPPED = "in flight", "consumed", "dropped"
 _SETTLED = (_CONSUMED, _DROPPED)
 _AFTER_TORN = ("begun", "excluded")
 """A process that finds a torn line begins anew, with one of these."""
@@ -27,7 +27,7 @@ class Audit:
     dropped: dict[str, int]
     """By reason."""
     pending: int
-    """Drawn, and neither consumed nor dropped yet."""
+    """On their way: for the step that is next, or a later one."""
     returns: int
     """How often the run was resumed or went back to a checkpoint."""
     rolled_back: int
@@ -48,8 +48,8 @@ def audit(
 ) -> Audit:
     """Replay a ledger from its start, and hold it against what else is known of the run.
 
-    `logged_steps` are those of `metrics.jsonl`. `state` is the driver's in the newest checkpoint: `step`, `order`
-    (epoch, position, num_prompts) and, where draws before that position are still to be consumed, `pending`.
+    `logged_steps` are those of `metrics.jsonl`. `state` is the driver's in the newest checkpoint: `step` and `order`
+    (epoch, position, num_prompts).
     """
     replay = _Replay()
     for number, event in enumerate(events, start=1):
@@ -74,8 +74,8 @@ class _Draw:
     """Where a draw of the surviving history stands."""
 
     status: str
-    step: int = 0
-    """That settled it."""
+    step: int
+    """For which it was issued or, once it is settled, in which that was."""
     responses: int = 0
     reason: str = ""
 
@@ -130,7 +130,7 @@ class _Replay:
             problems=tuple(self.problems),
         )
 
-    def _begin(self, step: int, next_draw: int, pending: Sequence[int]) -> None:
+    def _begin(self, step: int, next_draw: int) -> None:
         if self._has_begun:
             self._returns += 1
         self._has_begun = True
@@ -145,15 +145,13 @@ class _Replay:
             del self._draws[d]
         place = f"step {step}, draw {next_draw}"
         self._report(
-            set(range(next_draw)) - self._draws.keys() - set(pending),
-            f"lost at the start from {place}: neither consumed nor dropped by then, and not pending",
+            set(range(next_draw)) - self._draws.keys(),
+            f"lost at the start from {place}: neither consumed nor dropped by then",
         )
-        doubled = [d for d in self._draws if d >= next_draw or d in set(pending)]
-        self._report(doubled, f"doubled at the start from {place}: settled by then, and drawn or consumed again")
-        self._report([d for d in pending if d >= next_draw], f"pending at the start from {place}, and yet to be drawn")
+        doubled = [d for d in self._draws if d >= next_draw]
+        self._report(doubled, f"doubled at the start from {place}: settled by then, and drawn again")
         for d in doubled:
             del self._draws[d]
-        self._draws |= {d: _Draw(_CARRIED) for d in pending if d < next_draw}
         self._done, self._next_draw = step, next_draw
         self._saved = {saved for saved in self._saved if saved <= step} | ({step} if step else set())
 
@@ -167,7 +165,7 @@ class _Replay:
         new = sorted(d for d in prompts if d not in self._draws)
         if new and new != list(range(self._next_draw, self._next_draw + len(new))):
             self.problems.append(f"a gap in the draws: {_named(new)} issued where draw {self._next_draw} was the next")
-        again = [d for d in prompts if d in self._draws and self._draws[d].status != _CARRIED]
+        again = prompts.keys() & self._draws.keys()
         self._report(again, f"issued a second time (for step {step})")
         self._report(
             [d for d, prompt in prompts.items() if self._prompts.get(d, prompt) != prompt],
@@ -177,7 +175,7 @@ class _Replay:
             [d for d, prompt in prompts.items() if prompt in self._excluded], "issued with a prompt that is excluded"
         )
         self._prompts |= prompts
-        self._draws |= {d: _Draw(_IN_FLIGHT) for d in prompts if d not in again}
+        self._draws |= {d: _Draw(_IN_FLIGHT, step) for d in prompts if d not in again}
         self._next_draw = max([self._next_draw, *(d + 1 for d in new)])
 
     def _reissue(self, draws: Sequence[int], worker: str, reason: str) -> None:
@@ -193,9 +191,11 @@ class _Replay:
             self.problems.append(f"step {step} was consumed after step {self._done}: {missing} missing")
         self._done = max(self._done, step)
         self._settle({int(d): _Draw(_CONSUMED, step, responses=n) for d, n in draws.items()})
+        left = [d for d, draw in self._draws.items() if draw.status == _IN_FLIGHT and draw.step == step]
+        self._report(left, f"left out of step {step}: issued for it, and neither consumed nor dropped")
 
     def _drop(self, step: int, draws: Sequence[int], reason: str) -> None:
-        if step not in (self._done, self._done + 1):
+        if step != self._done + 1:
             self.problems.append(f"{_named(draws)} dropped in step {step}, when {self._done} steps were done")
         self._settle({d: _Draw(_DROPPED, step, reason=reason) for d in draws})
 
@@ -211,6 +211,8 @@ class _Replay:
                 self.problems.append(f"draw {d} was {now} without being issued")
             elif then.status in _SETTLED:
                 self.problems.append(f"draw {d} was {now} after it had been {then.status} in step {then.step}")
+            elif draw.step != then.step:
+                self.problems.append(f"draw {d} was {now}, and issued for step {then.step}")
         self._draws |= settled
 
     def compare_metrics(self, logged_steps: Collection[int]) -> None:
@@ -229,7 +231,7 @@ class _Replay:
         """What was settled by the step of a checkpoint lies before the place from which it draws on; and an epoch
         draws no prompt twice."""
         step, order = state["step"], state["order"]
-        num_prompts, pending = order["num_prompts"], set(state.get("pending", ()))
+        num_prompts = order["num_prompts"]
         next_draw = order["epoch"] * num_prompts + order["position"]
         if step > self._done:
             self.problems.append(f"the newest checkpoint is of step {step}, the ledger ends with step {self._done}")
@@ -237,10 +239,8 @@ class _Replay:
             self.problems.append(f"the newest checkpoint is of step {step}, and the ledger tells of none")
         settled = {d for d, draw in self._draws.items() if draw.status in _SETTLED and draw.step <= step}
         place = f"the checkpoint of step {step}, which draws on at {next_draw}"
-        self._report(set(range(next_draw)) - settled - pending, f"lost by {place}: before that, and not settled")
-        self._report(
-            {d for d in settled if d >= next_draw or d in pending}, f"doubled by {place}: settled, and to come again"
-        )
+        self._report(set(range(next_draw)) - settled, f"lost by {place}: before that, and not settled")
+        self._report({d for d in settled if d >= next_draw}, f"doubled by {place}: settled, and to come again")
         drawn = {d: self._prompts[d] for d in sorted(self._draws) if d in self._prompts}
         times = Counter((d // num_prompts, prompt) for d, prompt in drawn.items())
         self._report(

@@ -30,13 +30,13 @@ class Ledger:
         self._file.flush()
         sync(folder)
 
-    def begin(self, step: int, *, next_draw: int, pending: Sequence[int] = ()) -> None:
+    def begin(self, step: int, *, next_draw: int) -> None:
         """A start, a resume or a return to the checkpoint of `step`; must come before the first draw is issued.
 
-        What was consumed or dropped in later steps is void. Drawing goes on at `next_draw`; of the draws below it,
-        `pending` are still to be consumed (issued once more, or kept with their responses), and all others are settled.
+        What was consumed or dropped in later steps is void, and what was on its way is drawn again: drawing goes on at
+        `next_draw`, and all draws below it are settled.
         """
-        self._append("begun", _on_disk=True, step=step, next_draw=next_draw, pending=_numbers(pending))
+        self._append("begun", _on_disk=True, step=step, next_draw=next_draw)
 
     def exclude(self, prompts: Sequence[int], reason: str) -> None:
         """Rows of the data that are never drawn (too long)."""
@@ -58,7 +58,7 @@ class Ledger:
         self._append("consumed", _on_disk=True, step=step, draws=_counts(draws))
 
     def drop(self, step: int, draws: Sequence[int], reason: str) -> None:
-        """Draws that are settled without being learnt from, in step `step`: the one under way, or just done."""
+        """Draws that are settled without being learnt from, in step `step`; before the event of its consumption."""
         self._append("dropped", step=step, draws=_numbers(draws), reason=reason)
 
     def save(self, step: int) -> None:

@@ -13,6 +13,7 @@ import psutil
 
 from raylhf.batch import FinishReason, Prompt, Rollouts
 from raylhf.config import RunConfig
+from raylhf.config.cluster import PRIVATE_FOLDER_VARIABLE
 from raylhf.failures import BrokenWorkerError, ResponsesLostError
 from raylhf.models.chat import encode_prompt
 from raylhf.models.load import load_tokenizer, stop_token_ids
@@ -49,8 +50,8 @@ class RolloutWorker:
     async def start(self, *, policy_version: int = 0) -> dict[str, Any]:
         """Start the engine; the weights of the model folder are version `policy_version`."""
         began = time.perf_counter()
-        # vLLM leaves its sockets' files behind: they get a folder that goes with the worker.
-        self._sockets = tempfile.TemporaryDirectory(prefix="raylhf-")
+        # vLLM leaves its sockets' files behind: their folder goes with the worker or, after a kill, the run.
+        self._sockets = tempfile.TemporaryDirectory(prefix="raylhf-", dir=os.environ.get(PRIVATE_FOLDER_VARIABLE))
         os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         before = set(descendants())
         # On the event loop, which it blocks: the engine's sockets belong to the loop of the thread that makes them.

@@ -17,8 +17,8 @@ from raylhf.text.prompts import PromptOrder
 Event = dict[str, Any]
 
 
-def begun(step: int, next_draw: int, *pending: int) -> Event:
-    return {"event": "begun", "step": step, "next_draw": next_draw, "pending": list(pending)}
+def begun(step: int, next_draw: int) -> Event:
+    return {"event": "begun", "step": step, "next_draw": next_draw}
 
 
 def issued(step: int, *draws: int, **others: int) -> Event:
@@ -67,20 +67,12 @@ SOUND: dict[str, tuple[list[Event], dict[str, Any]]] = {
         {"steps": 2, "drawn": 4, "consumed": 4, "rolled_back": 3},
     ),
     "return to the start": ([*TWO_STEPS, begun(0, 0)], {"steps": 0, "drawn": 0, "rolled_back": 4}),
-    "pending draws, issued once more": (
-        [*TWO_STEPS, issued(3, 4, 5), issued(4, 6), consumed(3, 4), saved(3), begun(3, 7, 5, 6), issued(4, 5, 6, 7)],
-        {"drawn": 8, "consumed": 5, "pending": 3},
-    ),
-    "pending draws, kept with their responses": (
-        [*TWO_STEPS, issued(3, 4, 5), consumed(3, 4), saved(3), begun(3, 6, 5), issued(4, 6), consumed(4, 5, 6)],
-        {"drawn": 7, "consumed": 7, "pending": 0},
-    ),
-    "a step that uses what was issued for another": (
-        [START, issued(1, 0, 1, 2, 3), consumed(1, 2, 1), consumed(2, 0, 3)],
-        {"consumed": 4},
+    "batches ahead of their step, drawn again after a death": (
+        [*TWO_STEPS, issued(3, 4), issued(4, 5, 6), consumed(3, 4), saved(3), begun(3, 5), issued(4, 5, 6)],
+        {"drawn": 7, "consumed": 5, "pending": 2, "rolled_back": 0},
     ),
     "drops": (
-        [START, issued(1, 0, 1, 2), dropped(1, 1), consumed(1, 0), dropped(1, 2), issued(2, 3), dropped(2, 3)],
+        [START, issued(1, 0, 1, 2), dropped(1, 1), dropped(1, 2), consumed(1, 0), issued(2, 3), dropped(2, 3)],
         {"consumed": 1, "dropped": {"no valid score": 3}, "pending": 0},
     ),
     "drops made void": (
@@ -113,6 +105,13 @@ UNSOUND: dict[str, list[Event]] = {
     "draw 1 was consumed in step 2 after it had been dropped in step 1": [
         START, issued(1, 0, 1), dropped(1, 1), consumed(1, 0), consumed(2, 1),
     ],
+    "draw 1 was left out of step 1: issued for it, and neither consumed nor dropped": [
+        START, issued(1, 0, 1), consumed(1, 0),
+    ],
+    "draws 2 and 3 were left out of step 2: issued for it, and neither consumed nor dropped": [
+        START, issued(1, 0, 1), issued(2, 2, 3), consumed(1, 0, 1), consumed(2),
+    ],
+    "draw 1 was consumed in step 1, and issued for step 2": [START, issued(1, 0), issued(2, 1), consumed(1, 0, 1)],
     "draw 2 was consumed in step 1 without being issued": [START, issued(1, 0, 1), consumed(1, 0, 2)],
     "draw 2 was dropped in step 1 without being issued": [START, issued(1, 0, 1), dropped(1, 2)],
     "draw 4 was consumed in step 3 without being issued": [
@@ -120,7 +119,6 @@ UNSOUND: dict[str, list[Event]] = {
     ],
     "draw 1 was issued a second time (for step 2)": [START, issued(1, 0, 1), consumed(1, 0), issued(2, 1, 2)],
     "draw 0 was issued a second time (for step 2)": [START, issued(1, 0), consumed(1, 0), issued(2, 0)],
-    "draw 3 was issued a second time (for step 3)": [*TWO_STEPS, begun(2, 5, 4), issued(3, 3)],
     "a gap in the draws: draw 2 was issued where draw 1 was the next": [START, issued(1, 0), issued(1, 2)],
     "a gap in the draws: draws 1 and 3 were issued where draw 1 was the next": [START, issued(1, 0), issued(1, 1, 3)],
     "draw 4 was issued again after a return, as another prompt": [
@@ -132,18 +130,15 @@ UNSOUND: dict[str, list[Event]] = {
     "step 4 was consumed after step 1: 2 steps are missing": [START, issued(1, 0), consumed(1, 0), consumed(4)],
     "step 1 was consumed when 2 steps were done already": [*TWO_STEPS, consumed(1)],
     "draw 4 was dropped in step 4, when 2 steps were done": [*TWO_STEPS, issued(3, 4), dropped(4, 4)],
+    "draw 3 was dropped in step 2, when 2 steps were done": [*TWO_STEPS, dropped(2, 3)],
     "draw 4 was issued for step 2, when 2 steps were done already": [*TWO_STEPS, issued(2, 4)],
     "a checkpoint of step 3 was saved when 2 steps were done": [*TWO_STEPS, saved(3)],
-    "draw 3 was lost at the start from step 1, draw 4: neither consumed nor dropped by then, and not pending": [
-        *TWO_STEPS, begun(1, 4, 2),
+    "draws 2 and 3 were lost at the start from step 1, draw 4: neither consumed nor dropped by then": [
+        *TWO_STEPS, begun(1, 4),
     ],
-    "draws 2 and 3 were doubled at the start from step 2, draw 2: settled by then, and drawn or consumed again": [
+    "draws 2 and 3 were doubled at the start from step 2, draw 2: settled by then, and drawn again": [
         *TWO_STEPS, begun(2, 2),
     ],
-    "draw 1 was doubled at the start from step 2, draw 4: settled by then, and drawn or consumed again": [
-        *TWO_STEPS, begun(2, 4, 1),
-    ],
-    "draw 4 was pending at the start from step 2, draw 4, and yet to be drawn": [*TWO_STEPS, begun(2, 4, 4)],
     "the run went back to step 1, of which no checkpoint is told": [
         START, issued(1, 0), consumed(1, 0), issued(2, 1), consumed(2, 1), begun(1, 1),
     ],
@@ -193,8 +188,8 @@ def test_a_resume_that_cut_the_metrics_back_and_died_before_it_began_is_sound():
     assert audit([*TWO_STEPS, *further], logged_steps=[0, 1, 2]).problems == ()
 
 
-def state(step: int, epoch: int, position: int, num_prompts: int = 3, **others: Any) -> dict[str, Any]:
-    return {"step": step, "order": {"epoch": epoch, "position": position, "num_prompts": num_prompts}, **others}
+def state(step: int, epoch: int, position: int, num_prompts: int = 3) -> dict[str, Any]:
+    return {"step": step, "order": {"epoch": epoch, "position": position, "num_prompts": num_prompts}}
 
 
 FIRST_STEP = [START, issued(1, d0=5, d1=7), consumed(1, 0, 1), saved(1)]
@@ -207,7 +202,7 @@ TWO_EPOCHS = [*FIRST_STEP, issued(2, d2=6, d3=7), consumed(2, 2, 3), saved(2)]
         (TWO_EPOCHS, state(2, 1, 1), None),
         (TWO_EPOCHS, state(1, 0, 2), None),
         ([*FIRST_STEP, issued(2, d2=6), consumed(2, 2)], state(2, 0, 3), None),  # its line is yet to come
-        ([*TWO_EPOCHS, issued(3, d4=5, d5=6)], state(2, 2, 0, pending=[4, 5]), None),
+        ([*TWO_EPOCHS, issued(3, d4=5, d5=6)], state(2, 1, 1), None),
         (
             TWO_EPOCHS,
             state(2, 1, 2),
@@ -217,11 +212,6 @@ TWO_EPOCHS = [*FIRST_STEP, issued(2, d2=6, d3=7), consumed(2, 2, 3), saved(2)]
             TWO_EPOCHS,
             state(2, 1, 0),
             "draw 3 was doubled by the checkpoint of step 2, which draws on at 3: settled, and to come again",
-        ),
-        (
-            TWO_EPOCHS,
-            state(2, 1, 1, pending=[0]),
-            "draw 0 was doubled by the checkpoint of step 2, which draws on at 4: settled, and to come again",
         ),
         (TWO_EPOCHS[:-2], state(2, 0, 2), "the newest checkpoint is of step 2, the ledger ends with step 1"),
         (
@@ -242,7 +232,8 @@ def test_the_newest_checkpoint_draws_on_where_the_ledger_says(events, state, pro
 
 
 class Training:
-    """A run as the driver leads it: draws, issues ahead, consumes, drops, saves; and dies, and is resumed."""
+    """A run as the driver leads it: draws batches ahead, consumes them in order, drops, saves; and dies, and is
+    resumed."""
 
     def __init__(self, folder: Path, rng: random.Random, *, num_prompts: int) -> None:
         self.folder, self.rng = folder, rng
@@ -251,35 +242,33 @@ class Training:
         self.excluded = sorted(set(range(num_prompts + 3)) - set(rows))
         self.checkpoints: list[dict[str, Any]] = []
         self.logged: list[int] = []
-        self.keeps_responses = rng.random() < 0.5
-        """Whether draws that were issued ahead are in the checkpoint with their responses."""
+        self.drawn: dict[int, int] = {}
         self.start()
 
     def start(self) -> None:
         """Start, or resume from one of the newest checkpoints."""
         del self.checkpoints[len(self.checkpoints) - self.rng.choice([0, 0, 0, 1, 2]) :]  # damaged ones
         self.order = PromptOrder(self.prompts, seed=3)
-        self.step, self.waiting = 0, list[int]()
+        self.step = 0
+        self.batches: list[dict[int, int]] = []
+        """Draws of the steps to come, with the place of the order before each."""
+        self.places: list[dict[str, int]] = []
         if self.checkpoints:
             newest = self.checkpoints[-1]
             self.order.restore(newest["order"])
-            self.step, self.waiting = newest["step"], list(newest["pending"])
+            self.step = newest["step"]
         self.logged = [step for step in self.logged if step <= self.step]
         self.ledger = Ledger(self.folder)
         if self.rng.random() < 0.1:
             return self.die()
-        self.ledger.begin(self.step, next_draw=self.next_draw, pending=self.waiting)
+        self.ledger.begin(self.step, next_draw=self.order.num_drawn)
         self.ledger.exclude(self.excluded, "too long")
-        if self.waiting and not self.keeps_responses:
-            self.ledger.issue(self.step + 1, {d: self.drawn[d] for d in self.waiting})
         return None
 
-    drawn: dict[int, int] = {}
-
     @property
-    def next_draw(self) -> int:
-        place = self.order.state()
-        return place["epoch"] * place["num_prompts"] + place["position"]
+    def position(self) -> dict[str, int]:
+        """Where the order stood before the first prompt that is not settled."""
+        return self.places[0] if self.places else self.order.state()
 
     def die(self) -> None:
         """The process is killed, perhaps in the middle of a line; the same command is given again."""
@@ -289,21 +278,28 @@ class Training:
                 file.write('{"event": "consumed", "step"')
         self.start()
 
+    def draw(self) -> None:
+        """Issue a batch for the first step that has none."""
+        self.places.append(self.order.state())
+        first = self.order.num_drawn
+        rows = [prompt.index for prompt in self.order.draw(self.rng.randint(1, 5))]
+        self.batches.append(dict(enumerate(rows, start=first)))
+        self.drawn |= self.batches[-1]
+        self.ledger.issue(self.step + len(self.batches), self.batches[-1])
+
     def train_step(self) -> None:
         rng, ledger, step = self.rng, self.ledger, self.step + 1
-        first = self.next_draw
-        rows = [prompt.index for prompt in self.order.draw(rng.randint(1, 5))]
-        draws = dict(enumerate(rows, start=first))
-        self.drawn = self.drawn | draws
-        ledger.issue(step, draws)
-        self.waiting += draws
+        while len(self.batches) < rng.choice([1, 1, 2, 3]):
+            self.draw()
         if rng.random() < 0.2:
-            ledger.reissue(rng.sample(self.waiting, rng.randint(1, len(self.waiting))), "rollout 0", "died")
+            waiting = [d for batch in self.batches for d in batch]
+            ledger.reissue(rng.sample(waiting, rng.randint(1, len(waiting))), "rollout 0", "died")
         if rng.random() < 0.1:
             return self.die()
-        rng.shuffle(self.waiting)
-        taken = [self.waiting.pop() for _ in range(rng.randint(1, len(self.waiting)))]
-        num_dropped = rng.choice([0, 0, 1]) if len(taken) > 1 else 0
+        taken = list(self.batches.pop(0))
+        self.places.pop(0)
+        rng.shuffle(taken)
+        num_dropped = rng.choice([0, 0, 1])
         if num_dropped:
             ledger.drop(step, taken[:num_dropped], "no valid score")
         ledger.consume(step, dict.fromkeys(taken[num_dropped:], 4))
@@ -312,7 +308,7 @@ class Training:
             return self.die()
         self.logged.append(step)
         if rng.random() < 0.4:
-            self.checkpoints.append({"step": step, "order": self.order.state(), "pending": list(self.waiting)})
+            self.checkpoints.append({"step": step, "order": self.position})
             if rng.random() < 0.1:
                 return self.die()
             ledger.save(step)
@@ -339,8 +335,7 @@ def corruptions(training: Training, events: list[Event], rng: random.Random) -> 
     uses = [i for i in tail if events[i]["event"] == "consumed" and events[i]["step"] in training.logged]
     issues = [i for i in tail if events[i]["event"] == "issued"]
     is_used = {d for i in uses for d in events[i]["draws"]}
-    first = {d for i in issues for d in events[i]["draws"]} - {str(d) for d in events[history]["pending"]}
-    used_issues = [i for i in issues if is_used & first & events[i]["draws"].keys()]
+    used_issues = [i for i in issues if is_used & events[i]["draws"].keys()]
     corrupted = []
     for chosen in (uses, issues):
         if chosen:
@@ -362,7 +357,7 @@ def exchanged(training: Training, events: list[Event], i: int, rng: random.Rando
     """One draw of event i gets the prompt of another draw of its epoch."""
     d, row = rng.choice(list(events[i]["draws"].items()))
     num_prompts = len(training.prompts)
-    surviving = range(training.next_draw)
+    surviving = range(training.order.num_drawn)
     others = [
         training.drawn[e]
         for e in surviving

@@ -24,7 +24,7 @@ def test_events_come_back_in_order_each_readable_before_the_next(tmp_path):
     times = [event.pop("time") for event in events]
     assert times == sorted(times)
     assert events == [
-        {"event": "begun", "step": 0, "next_draw": 0, "pending": []},
+        {"event": "begun", "step": 0, "next_draw": 0},
         {"event": "excluded", "prompts": [4, 7], "reason": "too long"},
         {"event": "issued", "step": 1, "draws": {"0": 12, "1": 3}},
         {"event": "reissued", "draws": [1], "worker": "rollout 0", "reason": "died"},
