@@ -55,7 +55,8 @@ setup_environment() {
     say "creating .venv with $("$python" --version) for $accelerator ($extras)"
     "$python" -m venv .venv || fail "cannot create .venv; on Debian and Ubuntu install python3-venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check uv || fail "cannot install uv from the package index; see the message above"
-    local options=(--python .venv/bin/python) folder
+    # Compiled once, here: every run starts a dozen processes, which would else compile 10 s long where they may not write.
+    local options=(--python .venv/bin/python --compile-bytecode) folder
     for folder in ${PIP_FIND_LINKS:-}; do options+=(--find-links "$folder"); done
     if [ "$accelerator" = cpu ]; then
         options+=(--constraint launch/constraints-cpu.txt) # on a GPU, vLLM's own pins decide

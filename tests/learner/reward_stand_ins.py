@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import queue
 import traceback
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stand_ins import ENVIRONMENT
+from stand_ins import ENVIRONMENT, process_context
 
 from raylhf.config.run import AnyRunConfig, PreferenceRunConfig, RewardModelRunConfig
 from raylhf.models.tiny import write_tiny_model
@@ -110,7 +109,7 @@ def weights_of(worker: Any) -> dict[str, torch.Tensor]:
 
 def on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
     """Call `function(ranks, *args)` on each rank, each a process of its own; their answers by rank."""
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     ports, results = context.Queue(), context.Queue()
     processes = [
         context.Process(target=_rank_main, args=(function, rank, num_ranks, ports, results, args))

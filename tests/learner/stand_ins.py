@@ -6,7 +6,9 @@ import os
 import queue
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -75,9 +77,18 @@ def scored_groups(seed: int = 0) -> tuple[list[Rollouts], list[RewardOutput]]:
     return rollouts, rewards
 
 
+def process_context() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have what takes seconds to import, once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "peft", "raylhf.learner.worker"])
+    with patch.dict(os.environ, ENVIRONMENT):  # the libraries read it when they are imported
+        forkserver.ensure_running()
+    return context
+
+
 def run_ranks(function: Callable[..., Any], config: RunConfig, *args: Any) -> list[Any]:
     """Call `function(learner, rank, *args)` on every rank, each a started LearnerWorker in its own process."""
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     ports, results = context.Queue(), context.Queue()
     world_size = config.learner.num_ranks
     processes = [
