@@ -7,6 +7,7 @@ import queue
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from typing import Any
 from unittest.mock import patch
 
@@ -77,7 +78,7 @@ def scored_groups(seed: int = 0) -> tuple[list[Rollouts], list[RewardOutput]]:
     return rollouts, rewards
 
 
-def process_context() -> multiprocessing.context.ForkServerContext:
+def process_context() -> ForkServerContext:
     """Starts processes that have what takes seconds to import, once for all of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deepspeed", "peft", "raylhf.learner.worker"])
