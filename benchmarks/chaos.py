@@ -61,7 +61,8 @@ DRIVER_RUNS = {
     }.items()
     for stage in (1, 3)
 }
-PHASES = ("start-up", "rollout", "learn", "sync", "save")
+PHASES = {"starting workers": 20.0, "rollout": 0.5, "learn": 0.5, "sync": 0.2, "checkpoint": 0.3}
+"""Seconds in a phase, at most, before the driver is killed."""
 
 
 def main() -> None:
@@ -119,6 +120,14 @@ class Shaken:
             return []
         lines = file.read_bytes().split(b"\n")[:-1]
         return [json.loads(line) for line in lines]
+
+    def status(self) -> tuple[str, int]:
+        """The phase that the run is in, and the process that says so."""
+        file = self.folder / "status.json"
+        if not file.exists():
+            return "", 0
+        status = json.loads(file.read_text())
+        return status["phase"], status["pid"]
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
         """Wait until `condition` holds; false if the run ended before."""
@@ -199,44 +208,17 @@ def kill_driver(
     train_once(config, output / f"{label}_calm", settings)
     run = Shaken(config, output / f"{label}_killed", settings)
     hit: list[str] = []
-    for phase in choice.sample(PHASES, len(PHASES)):
-        if not wait_for_phase(run, phase, choice):
+    for phase in choice.sample(sorted(PHASES), len(PHASES)):
+        if not run.wait_for(lambda phase=phase: run.status() == (phase, run.process.pid)):
             break
-        where = moment(run)
+        time.sleep(choice.uniform(0, PHASES[phase]))
+        hit.append(run.status()[0])
         run.process.kill()
         run.process.wait()
-        hit.append(f"{phase} ({where})")
         print(f"{name}: killed in {hit[-1]}", flush=True)
         run.start()
     code = run.process.wait()
     return {"run": name, "killed_in": hit, "exit_code": code, **verdict(output / f"{label}_calm", run.folder)}
-
-
-def wait_for_phase(run: Shaken, phase: str, choice: random.Random) -> bool:
-    """Wait for a moment in `phase` of the process that runs now; false if it ends before."""
-    began = time.time()
-    if phase == "start-up":
-        time.sleep(choice.uniform(2, 20))
-        return run.is_running
-
-    def last(event: str) -> bool:
-        events = run.events()
-        return bool(events) and events[-1]["event"] == event and events[-1]["time"] > began
-
-    if phase == "save":
-        return run.wait_for(lambda: bool(list((run.folder / "checkpoints").glob(".writing_*"))))
-    if not run.wait_for(lambda: last("consumed" if phase == "sync" else "issued")):
-        return False
-    time.sleep({"rollout": choice.uniform(0, 0.2), "learn": choice.uniform(0.3, 0.6), "sync": 0.0}[phase])
-    return run.is_running
-
-
-def moment(run: Shaken) -> str:
-    """What the files of a run say about where it is."""
-    events = run.events()
-    last = events[-1]["event"] if events else "nothing in the ledger"
-    is_saving = bool(list((run.folder / "checkpoints").glob(".writing_*")))
-    return f"{len(events)} events, the last is {last}" + (", writing a checkpoint" if is_saving else "")
 
 
 def verdict(calm: Path, shaken: Path) -> dict[str, Any]:

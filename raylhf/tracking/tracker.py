@@ -1,7 +1,10 @@
 """The tracker: what the driver knows goes to JSONL files, Weights & Biases and the console by one call."""
 
 import json
+import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
@@ -15,7 +18,8 @@ from raylhf.tracking.redaction import without_secrets
 
 
 class Tracker:
-    """Logs a run into its folder: `metrics.jsonl` (one row a step), `samples.jsonl`, `summary.json`, `wandb/`.
+    """Logs a run into its folder: `metrics.jsonl` (one row a step), `samples.jsonl`, `status.json` (what it
+    is doing now), `summary.json`, `wandb/`.
 
     Step 0 is the state before training, step k the k-th rollout batch; steps never go back. `resume_step` is the first
     step that will be logged again: rows from there on are cut off. None starts anew and moves older files aside.
@@ -80,9 +84,10 @@ class Tracker:
             self._wandb.log_table(step, f"samples/{name}", shown)
 
     def set_phase(self, name: str) -> None:
-        """Say what the run is doing now."""
+        """Say what the run is doing now, on the console and in `status.json`."""
         self.phase = name
         self._console.set_phase(name)
+        self._note_status(name)
 
     def rewind(self, step: int) -> None:
         """Cut off the rows from `step` on, which will be logged again: the run goes back to an earlier state.
@@ -101,11 +106,19 @@ class Tracker:
         if self._is_finished:
             return
         self._is_finished = True
+        self._note_status(status)
         self._console.close(status)
         final = without_secrets(plain({"status": status, "step": self._row["step"], **summary}))
         if self._wandb is not None:
             self._wandb.finish(exit_code=1 if status == "failed" else 0, summary=final)
         (self._run_dir / "summary.json").write_text(json.dumps(final, indent=2) + "\n")
+
+    def _note_status(self, name: str) -> None:
+        status = {"phase": name, "step": max(self._row["step"], 0), "since": time.time(), "pid": os.getpid()}
+        unfinished = self._run_dir / ".status.json"
+        with suppress(OSError):  # a full disk is told of by what cannot do without it
+            unfinished.write_text(json.dumps(status) + "\n")
+            unfinished.replace(self._run_dir / "status.json")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if step < self._row["step"]:

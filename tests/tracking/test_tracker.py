@@ -1,7 +1,9 @@
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -35,6 +37,22 @@ def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path, run_config):
         "response": "r",
         "score": 1.0,
     }
+
+
+def test_the_status_file_says_what_the_run_does_now(tmp_path, run_config):
+    def status():
+        found = json.loads((tmp_path / "status.json").read_text())
+        assert found["pid"] == os.getpid() and 0 <= time.time() - found["since"] < 60
+        return found["phase"], found["step"]
+
+    tracker = Tracker(run_config(), tmp_path, None, num_steps=4)
+    tracker.set_phase("starting workers")
+    assert status() == ("starting workers", 0)
+    tracker.log(3, {"reward/score_mean": 1.0})
+    tracker.set_phase("learn")
+    assert status() == ("learn", 3)
+    tracker.finish("stopped", {})
+    assert status() == ("stopped", 3)
 
 
 def test_everything_of_one_step_is_one_row(tmp_path, run_config):
