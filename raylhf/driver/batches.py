@@ -116,7 +116,10 @@ class BatchQueue:
         return batch.finished_at - max(batch.opened_at, self._finished_at)
 
     def cycle_seconds(self, batch: Batch) -> float:
-        """From one batch to the next, as the learners get them; the first counts from its start."""
+        """In which rollout and reward workers gave one batch: where they go on while the learners learn, from one batch
+        to the next as the learners get them (the first counts from its start)."""
+        if self._config.rollout.max_staleness == 0:
+            return self.seconds(batch)
         return time.monotonic() - (self._closed_at or batch.opened_at)
 
     def close(self, batch: Batch) -> None:

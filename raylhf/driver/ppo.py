@@ -187,14 +187,10 @@ def train_step(run: Run) -> float:
         ahead=run.batches.ahead(),
     )
     run.batches.note_finished()
-    waited_s = wait_seconds()
-    # The engines go on while the learners learn: what they give in a whole cycle is their rate.
-    is_synchronous = config.rollout.max_staleness == 0
-    seconds = waited_s if is_synchronous else run.batches.cycle_seconds(batch)
-    rollout_s = waited_s if is_synchronous else run.batches.seconds(batch)
-    metrics = {"time/wait_s": waited_s, "time/rollout_s": rollout_s}
+    metrics = {"time/wait_s": wait_seconds(), "time/rollout_s": run.batches.seconds(batch)}
     metrics["rollout/num_workers"] = len(run.workers.rollout.serving())
-    metrics |= batch_metrics(groups, area="reward", seconds=seconds) | version_metrics(groups, version=run.step)
+    metrics |= batch_metrics(groups, area="reward", seconds=run.batches.cycle_seconds(batch))
+    metrics |= version_metrics(groups, version=run.step)
     run.tracker.set_phase("learn")
     run.is_updating = True
     learn_seconds = timed()
