@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.utils as ray_utils
 
-from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
+from raylhf.cluster.actors import WorkerError, gather
 from raylhf.config.cluster import PRIVATE_FOLDER_VARIABLE, ClusterConfig
 from raylhf.config.placement import EPSILON, Role
 
@@ -50,33 +50,40 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
 
 
 def _init_ray(**settings: Any) -> None:
-    """`ray.init`, which puts a SIGTERM handler of its own in the place of ours and leaves it there.
+    """`ray.init` under the signal handlers that are there.
 
     Ray gives a starting node 30 s, which a busy machine can exceed; it is tried again before the run gives up.
     """
     # Of a worker that is lost, one call that failed says enough; Ray would print all of them.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        for attempt in range(1, START_ATTEMPTS + 1):
-            try:
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            with _own_sigterm_handler():
                 ray.init(**settings)
-                return
-            except ConnectionError as error:
-                raise WorkerError(
-                    f"cluster.address {settings.get('address')!r}: no Ray answers there ({error})"
-                ) from error
-            except Exception as error:  # Ray raises nothing narrower
-                ray.shutdown()
-                if _TIMED_OUT not in str(error):
-                    raise
-                if attempt == START_ATTEMPTS:
-                    raise WorkerError(f"Ray did not start in {attempt} attempts: {error}") from error
-    except SystemExit:  # Ray's handler was called
-        ray.shutdown()
-        raise StopRequestedError("starting Ray") from None
+            return
+        except ConnectionError as error:
+            raise WorkerError(f"cluster.address {settings.get('address')!r}: no Ray answers there ({error})") from error
+        except Exception as error:  # Ray raises nothing narrower
+            ray.shutdown()
+            if _TIMED_OUT not in str(error):
+                raise
+            if attempt == START_ATTEMPTS:
+                raise WorkerError(f"Ray did not start in {attempt} attempts: {error}") from error
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keep Ray from putting its SIGTERM handler in the place of ours, for which it has no setting.
+
+    Ray's raises SystemExit wherever the program is at that moment. In code whose exceptions the interpreter drops (a
+    finaliser, a hook around a fork) the signal is lost with it, and the run goes on as if nobody had asked it to stop.
+    """
+    install = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda _handler: None
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        ray_utils.set_sigterm_handler = install
 
 
 def _use_private_token(folder: Path) -> None:
