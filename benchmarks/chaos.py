@@ -1,14 +1,15 @@
-"""Kills: of workers while a run goes on, and of the driver at points all over a step. Nothing may be lost or doubled.
+"""Kills: of workers and of whole Ray nodes while a run goes on, and of the driver at points all over a step.
 
     python benchmarks/chaos.py workers --output runs/chaos --kills 50
     python benchmarks/chaos.py driver --output runs/chaos
 
 Both train a tiny model for real (vLLM, DeepSpeed, Ray), compare the final weights with those of a run that nobody
-disturbed, and have `raylhf audit` replay the ledger. The results go into chaos_results.json beside this file.
+disturbed, and have `raylhf audit` replay the ledger: nothing may be lost or doubled. The results go into chaos_results.json beside this file.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -18,11 +19,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from ray_nodes import RayNodes
 from runs import train_once
 from safetensors.numpy import load_file
 
@@ -37,10 +39,28 @@ WORKER_SETTINGS = (
     "reward.replicas=2",
     "reward.graph={kind: whiten, reward: {kind: characters, characters: aeiou}}",
     "cluster.cpus_per_node=8",
+    "learner.num_ranks=2",
     "checkpoint.every_steps=2",
     "evaluation.every_steps=0",
 )
-VICTIMS = ("rollout worker", "engine", "reward worker", "learner", "rollout worker during a weight sync")
+NODES = {"learners": (1, 2), "rewards": (2, 1), "rollouts": (2, 1)}
+"""Nodes of each kind, and how many workers each of them holds."""
+ON_NODES = (
+    "cluster.address=auto",
+    "cluster.num_nodes=6",
+    "cluster.cpus_per_node=2",
+    "learner.resources={learners: 1}",
+    "reward.resources={rewards: 1}",
+    "rollout.resources={rollouts: 1}",
+)
+VICTIMS = (
+    "rollout worker",
+    "engine",
+    "reward worker",
+    "learner",
+    "rollout worker during a weight sync",
+    *(f"node of {kind}" for kind in NODES),
+)
 TINY_ONLINE_DPO = (
     "model.path=tiny",
     "data.held_out=4",
@@ -61,7 +81,7 @@ DRIVER_RUNS = {
     }.items()
     for stage in (1, 3)
 }
-PHASES = {"starting workers": 20.0, "rollout": 0.5, "learn": 0.5, "sync": 0.2, "checkpoint": 0.3}
+PHASES = {"starting workers": 20.0, "rollout": 0.4, "learn": 0.2, "sync": 0.05, "checkpoint": 0.05}
 """Seconds in a phase, at most, before the driver is killed."""
 
 
@@ -75,22 +95,30 @@ def main() -> None:
     arguments = parser.parse_args()
     choice = random.Random(arguments.seed)
     if arguments.what == "workers":
-        found = kill_workers(arguments.output, arguments.kills, arguments.steps or 8 * arguments.kills, choice)
-    else:
-        found = [
-            kill_driver(arguments.output, name, CONFIGS / f"{config}.yaml", settings, arguments.steps or 8, choice)
-            for name, (config, *settings) in DRIVER_RUNS.items()
-        ]
+        write(workers=kill_workers(arguments.output, arguments.kills, arguments.steps or 8 * arguments.kills, choice))
+        return
+    found = []
+    for name, (config, *settings) in DRIVER_RUNS.items():
+        path = CONFIGS / f"{config}.yaml"
+        found.append(kill_driver(arguments.output, name, path, settings, arguments.steps or 8, choice))
+        write(driver=found)
+
+
+def write(**found: Any) -> None:
+    """Put the results of one kind of chaos beside those of the other."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(results | {arguments.what: found}, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    RESULTS.write_text(json.dumps(results | found, indent=1) + "\n")
+    print(json.dumps(found, indent=1), flush=True)
 
 
 class Shaken:
     """A run that is watched from outside: its folder, and its processes by their logs."""
 
-    def __init__(self, config: Path, folder: Path, settings: Sequence[str]) -> None:
+    def __init__(
+        self, config: Path, folder: Path, settings: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
+        self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
         self._command = [sys.executable, "-m", "raylhf.cli", "train", str(config), f"name={folder.name}"]
         self._command += [f"output_dir={folder.resolve().parent}", "tracking.console=plain", *settings]
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -99,9 +127,8 @@ class Shaken:
     def start(self) -> psutil.Popen:
         """Start the command (again)."""
         with (self.folder.parent / f"{self.folder.name}.out").open("a") as out:
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
             self.process = psutil.Popen(
-                self._command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                self._command, stdout=out, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
         return self.process
 
@@ -148,9 +175,34 @@ class Shaken:
         starts = re.findall(r"^--- process (\d+) starts", choice.choice(logs).read_text(errors="replace"), re.MULTILINE)
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             process = psutil.Process(int(starts[-1]))
-            if self.process in process.parents() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.cmdline()[0].startswith("ray::"):
                 return process
         return None
+
+
+class Nodes(RayNodes):
+    """A cluster with nodes of each kind, of which one at a time is exchanged for another."""
+
+    def __enter__(self) -> "Nodes":
+        super().__enter__()
+        self._names: dict[str, list[str]] = {kind: [] for kind in NODES}
+        self._numbers = itertools.count()
+        for kind, (count, _) in NODES.items():
+            for _ in range(count):
+                self._grow(kind)
+        return self
+
+    def replace(self, kind: str, choice: random.Random) -> None:
+        """Kill a node of the kind, with another there to take its work."""
+        lost = choice.choice(self._names[kind])
+        self._grow(kind)
+        self._names[kind].remove(lost)
+        self.lose(lost)
+
+    def _grow(self, kind: str) -> None:
+        name = f"{kind} {next(self._numbers)}"
+        self.add(name, **{kind: NODES[kind][1]})
+        self._names[kind].append(name)
 
 
 def kill_workers(output: Path, kills: int, steps: int, choice: random.Random) -> dict[str, Any]:
@@ -158,20 +210,25 @@ def kill_workers(output: Path, kills: int, steps: int, choice: random.Random) ->
     settings = (*WORKER_SETTINGS, f"num_steps={steps}")
     train_once(CONFIGS / "tiny_ppo.yaml", output / "calm", settings)
     began = time.monotonic()
-    run = Shaken(CONFIGS / "tiny_ppo.yaml", output / "shaken", settings)
-    counts: Counter[str] = Counter()
-    while counts.total() < kills:
-        before = run.num_rows()
-        if not run.wait_for(lambda before=before: run.num_rows() > before):
-            break
-        time.sleep(choice.uniform(0, 2))
-        kind = choice.choice(VICTIMS)
-        if victim := find(run, kind, choice):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
+    with Nodes() as nodes:
+        run = Shaken(CONFIGS / "tiny_ppo.yaml", output / "shaken", (*settings, *ON_NODES), nodes.environment)
+        counts: Counter[str] = Counter()
+        while counts.total() < kills:
+            before = run.num_rows()
+            if not run.wait_for(lambda before=before: run.num_rows() > before):
+                break
+            time.sleep(choice.uniform(0, 2))
+            kind = choice.choice(VICTIMS)
+            if kind.startswith("node of ") and run.is_running:
+                nodes.replace(kind.removeprefix("node of "), choice)
                 counts[kind] += 1
-                print(f"{counts.total()}: {kind} ({victim.pid}) after {before + 1} steps", flush=True)
-    code = run.process.wait()
+                print(f"{counts.total()}: {kind} after {before + 1} steps", flush=True)
+            elif victim := find(run, kind, choice):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+                    counts[kind] += 1
+                    print(f"{counts.total()}: {kind} ({victim.pid}) after {before + 1} steps", flush=True)
+        code = run.process.wait()
     return {
         "kills": counts.total(),
         "by_victim": dict(counts),
@@ -223,12 +280,16 @@ def kill_driver(
 
 def verdict(calm: Path, shaken: Path) -> dict[str, Any]:
     """Whether two runs have the same weights, and what the audit says."""
-    one, other = (load_file(folder / "export" / "model.safetensors") for folder in (calm, shaken))
+    files = [folder / "export" / "model.safetensors" for folder in (calm, shaken)]
+    equal = all(file.exists() for file in files)
+    if equal:
+        one, other = map(load_file, files)
+        equal = one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
     audit = subprocess.run(
         [sys.executable, "-m", "raylhf.cli", "audit", str(shaken)], capture_output=True, text=True, check=False
     )
     return {
-        "weights_equal_to_the_bit": one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one),
+        "weights_equal_to_the_bit": bool(equal),
         "audit_exit_code": audit.returncode,
         "audit": [line.strip() for line in audit.stdout.splitlines() if line.strip()],
     }

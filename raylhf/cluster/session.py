@@ -2,7 +2,7 @@
 
 import os
 import secrets
-import tempfile
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +12,7 @@ import ray
 import ray._private.utils as ray_utils
 
 from raylhf.cluster.actors import WorkerError, gather
+from raylhf.cluster.private import private_folder
 from raylhf.config.cluster import PRIVATE_FOLDER_VARIABLE, ClusterConfig
 from raylhf.config.placement import EPSILON, Role
 
@@ -29,10 +30,10 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
     """
     variables = dict(env)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
-    with tempfile.TemporaryDirectory(prefix="raylhf-") as private:
+    with private_folder() as private:
         if config.address is None:
-            variables[PRIVATE_FOLDER_VARIABLE] = private
-            _use_private_token(Path(private))
+            variables[PRIVATE_FOLDER_VARIABLE] = str(private)
+            _use_private_token(private)
             _init_ray(
                 address="local",  # without it, Ray joins one that somebody else has started on this machine
                 num_cpus=config.cpus_per_node,
@@ -73,17 +74,20 @@ def _init_ray(**settings: Any) -> None:
 
 @contextmanager
 def _own_sigterm_handler() -> Iterator[None]:
-    """Keep Ray from putting its SIGTERM handler in the place of ours, for which it has no setting.
+    """Keep Ray from putting its SIGTERM handlers in the place of ours, for which it has no setting.
 
-    Ray's raises SystemExit wherever the program is at that moment. In code whose exceptions the interpreter drops (a
-    finaliser, a hook around a fork) the signal is lost with it, and the run goes on as if nobody had asked it to stop.
+    The one in Python raises SystemExit wherever the program is at that moment. In code whose exceptions the interpreter
+    drops (a finaliser, a hook around a fork) the signal is lost with it, and the run goes on as if nobody had asked it
+    to stop. The one in C++ aborts; it comes with the connection, at the end of `ray.init`, and ours is then set anew.
     """
+    handler = signal.getsignal(signal.SIGTERM)
     install = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda _handler: None
     try:
         yield
     finally:
         ray_utils.set_sigterm_handler = install
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _use_private_token(folder: Path) -> None:

@@ -85,9 +85,9 @@ class Command:
         self._look()
         return self.seen | self._marked()
 
-    def left_running(self) -> list[str]:
-        """Processes of the command that outlive it by GRACE_S."""
-        _, alive = psutil.wait_procs(self.seen | self._marked(), timeout=GRACE_S)
+    def left_running(self, grace_s: float = GRACE_S) -> list[str]:
+        """Processes of the command that outlive it by `grace_s`."""
+        _, alive = psutil.wait_procs(self.seen | self._marked(), timeout=grace_s)
         return [described for process in alive if (described := _describe(process))]
 
     def kill(self) -> None:

@@ -26,6 +26,11 @@ SETTINGS = (
     " {name: form, weight: 0.5, reward: {kind: format}}]}",
 )
 
+KILLED_IN = ("rollout", "sync", "checkpoint")
+"""Phases of the driver in which it is killed, one after the other."""
+KILLED_GRACE_S = 120.0
+"""Ray's agents end by themselves, but first try for a while to tell a head that is gone as well."""
+
 
 @pytest.fixture(scope="session")
 def whole(raylhf):
@@ -41,6 +46,19 @@ def stopped(raylhf):
     command.process.send_signal(signal.SIGTERM)
     command.wait(END_S)
     return command
+
+
+@pytest.fixture(scope="session")
+def killed(raylhf):
+    """The same run, whose driver is killed in each of these phases and started again."""
+    ended = []
+    for phase in KILLED_IN:
+        command = raylhf.start("killed", *SETTINGS)
+        command.wait_for(lambda c=command, phase=phase: is_in(c, phase), phase)
+        command.process.kill()
+        command.process.wait()
+        ended.append(command)
+    return raylhf.run("killed", *SETTINGS), ended
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +92,17 @@ def test_a_resumed_run_is_equal_to_the_bit_to_one_that_was_never_stopped(whole, 
     assert numbers(resumed) == numbers(whole)
     one, other = (load_file(run.folder / "export" / "model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_numbers(raylhf, whole, killed):
+    command, ended = killed
+    assert command.process.returncode == 0, command.story()
+    assert [left for each in ended for left in each.left_running(KILLED_GRACE_S)] == [], "outlives a killed driver"
+    assert numbers(command) == numbers(whole)
+    one, other = (load_file(run.folder / "export" / "model.safetensors") for run in (whole, command))
+    assert all(one[name].equal(other[name]) for name in one)
+    audit = raylhf.call("audit_of_killed", "audit", str(command.folder))
+    assert audit.process.returncode == 0, audit.story()
 
 
 def test_kl_coefficient_and_data_position_move_through_the_stop(resumed):
@@ -126,6 +155,15 @@ def test_sigterm_while_ray_starts_leaves_no_process(raylhf):
     assert command.process.returncode == 130, command.story()
     assert command.left_running() == []
     assert "Traceback" not in command.errors, command.errors
+
+
+def is_in(command, phase):
+    """Whether the driver that runs now is in this phase."""
+    file = command.folder / "status.json"
+    if not file.exists():
+        return False
+    status = json.loads(file.read_text())
+    return status["phase"] == phase and status["pid"] == command.process.pid
 
 
 def is_engine(process):
