@@ -4,7 +4,8 @@
     python benchmarks/chaos.py driver --output runs/chaos
 
 Both train a tiny model for real (vLLM, DeepSpeed, Ray), compare the final weights with those of a run that nobody
-disturbed, and have `raylhf audit` replay the ledger: nothing may be lost or doubled. The results go into chaos_results.json beside this file.
+disturbed, and have `raylhf audit` replay the ledger: nothing may be lost or doubled. The results go into
+chaos_results.json beside this file.
 """
 
 import argparse

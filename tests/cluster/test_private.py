@@ -32,7 +32,7 @@ def test_it_is_for_this_user_alone_and_goes_at_the_end(temporary):
 def test_what_a_killed_driver_left_is_removed_and_what_a_living_one_uses_stays(temporary):
     command = [sys.executable, "-c", WAITS, str(temporary)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "there\n"
+        assert other.stdout and other.stdout.readline() == "there\n"
         (theirs,) = temporary.iterdir()
         with private_folder() as ours:
             assert set(temporary.iterdir()) == {theirs, ours}
