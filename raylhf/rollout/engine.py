@@ -64,4 +64,9 @@ def engine_arguments(config: RunConfig, model_folder: str) -> dict[str, Any]:
         return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     executor = _IN_ENGINE_CORE if rollout.tensor_parallel_size == 1 else "mp"
     kv_cache_bytes = int(rollout.kv_cache_gib * _GIB)
-    return arguments | {"kv_cache_memory_bytes": kv_cache_bytes, "distributed_executor_backend": executor}
+    return arguments | {
+        "kv_cache_memory_bytes": kv_cache_bytes,
+        "distributed_executor_backend": executor,
+        # After a piece of a prompt vLLM sets the request's generator back, which torch's for the CPU cannot: it dies.
+        "enable_chunked_prefill": False,
+    }

@@ -131,6 +131,14 @@ def test_responses_depend_on_their_seed_alone_to_the_bit(harness):
     assert not np.array_equal(group.response_ids[0], group.response_ids[1])
 
 
+def test_prompts_that_do_not_fit_one_batch_of_the_engine_together_are_answered(harness):
+    texts = [f"{number:03d} " * 50 for number in range(64)]
+    prompts = [Prompt(index=10 + i, messages=({"role": "user", "content": text},)) for i, text in enumerate(texts)]
+    pending = [harness.submit(harness.worker.generate(prompt, num_responses=1, seed=3)) for prompt in prompts]
+    made = [future.result(WAIT_S)[0] for future in pending]
+    assert same(made[-1], harness.generate(prompts[-1], 1, seed=3))
+
+
 def test_rollout_logprobs_are_the_models_at_the_sampling_temperature(harness):
     for prompt in (SHORT, LONG):
         rollouts = harness.generate(prompt, 4, seed=0)
