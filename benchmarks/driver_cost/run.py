@@ -25,6 +25,7 @@ from raylhf.cluster.pool import WorkerPool
 from raylhf.config import RunConfig
 from raylhf.driver import collect
 from raylhf.driver.collect import Collection
+from raylhf.driver.job import ENVIRONMENT
 
 RESULTS = Path(__file__).parent / "results.json"
 GROUP_SIZE = 8
@@ -49,7 +50,7 @@ class StandInRollout:
             response_ids=[ids + j for j in range(num_responses)],
             rollout_logprobs=[np.zeros(NUM_TOKENS, dtype=np.float32) - j for j in range(num_responses)],
             response_texts=["x" * 4 * NUM_TOKENS] * num_responses,
-            finish_reasons=["stop"] * num_responses,
+            finish_reasons=cast(Any, ["stop"] * num_responses),
             policy_versions=[np.zeros(NUM_TOKENS, dtype=np.int64)] * num_responses,
             temperature=1.0,
         )
@@ -81,9 +82,15 @@ class StandInReward:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--prompts", type=int, default=512, help="prompts of a batch, of 8 responses each")
+    parser.add_argument("--prompts", type=int, default=2048, help="prompts of a batch, of 8 responses each")
     arguments = parser.parse_args()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": ENVIRONMENT},
+    )
     rows = []
     for count in arguments.workers:
         rows.append(measure(count, arguments.prompts))

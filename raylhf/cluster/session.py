@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state as ray_state
 import ray._private.utils as ray_utils
 
 from raylhf.cluster.actors import WorkerError, gather
@@ -169,6 +170,17 @@ def describe_nodes() -> str:
         return " / ".join(f"{amount:g} {name}" for name, amount in amounts.items())
 
     return ", ".join(describe(node) for node in _alive_nodes())
+
+
+def object_store_use() -> dict[str, float]:
+    """The share of each living node's object store that is taken by values which are still referred to, by address."""
+    free = ray_state.available_resources_per_node()  # Ray has a public function only for the sum over all nodes
+    use = {}
+    for node in ray.nodes():
+        name, size = node["NodeManagerAddress"], node["Resources"].get("object_store_memory", 0.0)
+        if node["Alive"] and size and node["NodeID"] in free:
+            use[name] = 1 - free[node["NodeID"]].get("object_store_memory", 0.0) / size
+    return use
 
 
 def run_on_cluster(function: Callable[..., Any], *args: Any, timeout_s: float, should_stop: Callable[[], bool]) -> Any:

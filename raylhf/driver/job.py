@@ -15,6 +15,8 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
     # Threads that spin while they wait stall each other where cores are shared, as on a laptop: ten times slower, seen.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Bytes. Ray sends results below 100 kB to whoever called, that is the driver: it is to get summaries, no responses.
+    "RAY_max_direct_call_object_size": "500",
 }
 """Of every worker process."""
 

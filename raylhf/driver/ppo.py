@@ -16,7 +16,7 @@ from raylhf.driver.collect import Collection, ScoredGroup, hand_over, sample_row
 from raylhf.driver.crash import CrashReporter
 from raylhf.driver.evaluate import Evaluation, evaluate
 from raylhf.driver.ledger import Ledger
-from raylhf.driver.memory import total_rss_gib
+from raylhf.driver.memory import StoreWatch, total_rss_gib
 from raylhf.driver.timing import timed
 from raylhf.driver.workers import Workers
 from raylhf.text.prompts import PromptOrder
@@ -44,6 +44,7 @@ class Run:
     ledger: Ledger = field(init=False)
     workers: Workers = field(init=False)
     order: PromptOrder = field(init=False)
+    store: StoreWatch = field(default_factory=StoreWatch)
     batches: BatchQueue = field(init=False)
     held_out: Sequence[Prompt] = ()
     dropped_overlong: int = 0
@@ -191,6 +192,7 @@ def train_step(run: Run) -> float:
     metrics["rollout/num_workers"] = len(run.workers.rollout.serving())
     metrics |= batch_metrics(groups, area="reward", seconds=run.batches.cycle_seconds(batch))
     metrics |= version_metrics(groups, version=run.step)
+    metrics["memory/object_store_frac"] = run.store.fullest()
     run.tracker.set_phase("learn")
     run.is_updating = True
     learn_seconds = timed()

@@ -123,6 +123,11 @@ METRICS: dict[str, Metric] = {
         "GiB",
         "steady",
     ),
+    "memory/object_store_frac": Metric(
+        "Share in use of the fullest node's Ray object store, when a batch is complete and not yet freed",
+        "0 to 1",
+        "below 0.7",
+    ),
     # eval: the policy on held-out prompts
     "eval/score_mean": Metric("Mean score on the held-out prompts", "reward", "rises with reward/score_mean"),
     "eval/score_se": Metric("Standard error of eval/score_mean, responses of one prompt as one cluster", "reward"),
