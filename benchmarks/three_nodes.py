@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import ray
@@ -40,9 +41,9 @@ def main() -> None:
             nodes.add(resource, **{resource: 2})
         ray.init(address=nodes.environment["RAY_ADDRESS"], log_to_driver=False)
         process = subprocess.Popen([*command, *arguments.settings], env={**os.environ, **nodes.environment})
-        seen: dict[str, set[str]] = {}
+        most: dict[str, int] = {}
         while process.poll() is None:
-            where_workers_are(seen)
+            most = {name: max(count, most.get(name, 0)) for name, count in workers_by_node().items()}
             try:
                 process.wait(LOOK_S)
             except subprocess.TimeoutExpired:
@@ -52,19 +53,24 @@ def main() -> None:
         raise SystemExit(f"the run in {folder} failed")
     held_out = [row["eval/score_mean"] for row in rows_with(folder, "eval/score_mean")]
     found = {
-        "nodes": {name: sorted(addresses) for name, addresses in sorted(seen.items())},
+        "workers_on_the_node_of": most,
         "held_out_reward": [round(held_out[0], 3), round(held_out[-1], 3)],
     }
     (HERE / "three_nodes_results.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
-def where_workers_are(seen: dict[str, set[str]]) -> None:
-    """Add, for each class of actors, the addresses of the nodes that its actors live on."""
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    for actor in ray_state.actors().values():
-        if actor["State"] == "ALIVE":
-            seen.setdefault(actor["ActorClassName"], set()).add(addresses[actor["Address"]["NodeID"]])
+def workers_by_node() -> dict[str, int]:
+    """How many actors live on the node of each role."""
+    roles = {
+        node["NodeID"]: role
+        for node in ray.nodes()
+        for role, resource in ROLES.items()
+        if resource in node["Resources"]
+    }
+    living = [actor for actor in ray_state.actors().values() if actor["State"] == "ALIVE"]
+    counts = Counter(roles.get(actor["Address"]["NodeID"], "none") for actor in living)
+    return {role: counts[role] for role in (*ROLES, "none")}
 
 
 if __name__ == "__main__":
