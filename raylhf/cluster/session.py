@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray._private.state as ray_state
 import ray._private.utils as ray_utils
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
 from raylhf.cluster.actors import WorkerError, gather
 from raylhf.cluster.private import private_folder
@@ -100,6 +101,7 @@ def _use_private_token(folder: Path) -> None:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    AuthenticationTokenLoader.instance().reset_cache()  # of an earlier Ray of this process
 
 
 def preflight(roles: Sequence[Role]) -> None:
