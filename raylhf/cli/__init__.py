@@ -62,8 +62,26 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="RUN_FOLDER", help="folder of a policy run, as in runs/NAME")
     command.add_argument("--rollout", metavar="N", type=int, required=True, help="rollout workers from now on")
     command.set_defaults(overrides=[])
+    add_launch_command(commands)
     add_reward_commands(commands)
     return parser
+
+
+def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that asks for nodes."""
+    text = "start a run here or on a Slurm cluster"
+    command = commands.add_parser("launch", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("target", choices=("local", "slurm"), help="where")
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
+    command.add_argument("--dry-run", action="store_true", help="print what would be started; start nothing")
+    command.add_argument(
+        "--chain", metavar="N", type=int, default=1, help="Slurm jobs one after the other (default: 1)"
+    )
+    command.add_argument(
+        "--join", metavar="NODES", type=int, help="add nodes to the cluster of the run, in a job of their own"
+    )
+    command.add_argument("--rollout", metavar="N", type=int, help="with --join: rollout workers from then on")
 
 
 def add_reward_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -120,6 +138,10 @@ def run_command(arguments: argparse.Namespace) -> int:
             from raylhf.cli.scale import run_scale
 
             return run_scale(arguments.folder, rollout=arguments.rollout)
+        if arguments.command == "launch":
+            from raylhf.cli.launch import run_launch
+
+            return run_launch(arguments)
         if arguments.command in REWARD_COMMANDS:
             return REWARD_COMMANDS[arguments.command](arguments)
         from raylhf.cli.train import run_train

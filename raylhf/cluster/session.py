@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,14 @@ import ray._private.state as ray_state
 import ray._private.utils as ray_utils
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
-from raylhf.cluster.actors import WorkerError, gather
+from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
 from raylhf.cluster.private import private_folder
 from raylhf.config.cluster import PRIVATE_FOLDER_VARIABLE, ClusterConfig
 from raylhf.config.placement import EPSILON, Role
 
 START_ATTEMPTS = 3
+NODE_POLL_S = 0.5
+EXPECTED_NODES_VARIABLE = "RAYLHF_EXPECTED_NODES"
 _TIMED_OUT = "timed out during startup"
 _BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 
@@ -102,6 +105,30 @@ def _use_private_token(folder: Path) -> None:
     token.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     AuthenticationTokenLoader.instance().reset_cache()  # of an earlier Ray of this process
+
+
+def await_nodes(config: ClusterConfig, *, should_stop: Callable[[], bool]) -> None:
+    """Wait until a cluster that is joined has `config.num_nodes` nodes.
+
+    Raises:
+        WorkerError: it has fewer after `start_timeout_s`; the sentence names those that are missing, where a launcher
+            said in RAYLHF_EXPECTED_NODES which there are to be.
+        StopRequestedError: `should_stop` became true meanwhile.
+    """
+    deadline = time.monotonic() + config.start_timeout_s
+    while config.address is not None and len(_alive_nodes()) < config.num_nodes:
+        if should_stop():
+            raise StopRequestedError("waiting for the nodes")
+        if time.monotonic() > deadline:
+            there = [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]
+            missing = [name for name in os.environ.get(EXPECTED_NODES_VARIABLE, "").split() if name not in there]
+            names = f"; missing: {', '.join(missing)}" if missing else ""
+            raise WorkerError(
+                f"{len(there)} of cluster.num_nodes={config.num_nodes} nodes joined the Ray cluster at "
+                f"{config.address} within cluster.start_timeout_s={config.start_timeout_s:g} ({', '.join(there)}){names}. Look at the "
+                "output of `ray start` on those that are missing, or lower cluster.num_nodes."
+            )
+        time.sleep(NODE_POLL_S)
 
 
 def preflight(roles: Sequence[Role]) -> None:

@@ -10,6 +10,7 @@ from raylhf.config.base import Settings
 from raylhf.config.cluster import ClusterConfig
 from raylhf.config.data import DataConfig
 from raylhf.config.judgements import JudgementDataConfig
+from raylhf.config.launch import LaunchConfig
 from raylhf.config.learner import LearnerConfig
 from raylhf.config.model import ModelConfig
 from raylhf.config.objective import CriticConfig, ObjectiveConfig, PPOConfig
@@ -66,6 +67,8 @@ class CommonConfig(Settings):
     """Where metrics go."""
     cluster: ClusterConfig = ClusterConfig()
     """The Ray cluster."""
+    launch: LaunchConfig = LaunchConfig()
+    """How `raylhf launch` asks a scheduler for nodes."""
 
 
 class RunConfig(CommonConfig):

@@ -16,6 +16,7 @@ _FREE = (
     "checkpoint",
     "tracking",
     "cluster",
+    "launch",
     "objective.kl.budget_per_sequence",
     "objective.kl_budget_per_sequence",
     "reward.replicas",

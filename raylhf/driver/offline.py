@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raylhf.cluster.actors import ActorGroup
-from raylhf.cluster.session import ray_session, run_on_cluster
+from raylhf.cluster.session import await_nodes, ray_session, run_on_cluster
 from raylhf.config.preference import loss_of
 from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
 from raylhf.driver.checkpoints import commit_checkpoint, writing_checkpoint
@@ -51,6 +51,8 @@ class OfflineJob:
         config, tracker = self._config, context.tracker
         timeout_s = config.cluster.step_timeout_s
         with ray_session(config.cluster, env=ENVIRONMENT):
+            tracker.set_phase("waiting for the nodes")
+            await_nodes(config.cluster, should_stop=context.should_stop)
             tracker.set_phase("preparing the model")
             start_s = config.cluster.start_timeout_s
             folders = run_on_cluster(prepare_offline, config, timeout_s=start_s, should_stop=context.should_stop)

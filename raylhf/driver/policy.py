@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylhf.cluster.session import ray_session, run_on_cluster
+from raylhf.cluster.session import await_nodes, ray_session, run_on_cluster
 from raylhf.config import RunConfig
 from raylhf.driver.batches import BatchQueue
 from raylhf.driver.crash import CrashReporter, Moment
@@ -33,6 +33,8 @@ class PolicyJob:
         config, timeout_s = self._config, self._config.cluster.start_timeout_s
         run = Run(config=config, **vars(context))
         with ray_session(config.cluster, env=ENVIRONMENT):
+            context.tracker.set_phase("waiting for the nodes")
+            await_nodes(config.cluster, should_stop=context.should_stop)
             context.tracker.set_phase("preparing the model")
             everything = [*self._prompts, *self._held_out]
             prepared = run_on_cluster(prepare, config, everything, timeout_s=timeout_s, should_stop=context.should_stop)

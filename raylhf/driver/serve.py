@@ -6,14 +6,15 @@ from raylhf.cluster.actors import StopRequestedError, WorkerError
 from raylhf.cluster.serving import served_reward, watch
 from raylhf.config.service import ServiceConfig
 from raylhf.driver.job import ENVIRONMENT
-from raylhf.driver.train import EXIT_FAILED, EXIT_OK, stop_on_signal
+from raylhf.driver.train import EXIT_FAILED, EXIT_OK, StopRequest, stop_on_signal
 from raylhf.rewards.endpoint import token_digest
 
 
 def serve_reward(config: ServiceConfig, token: str) -> int:
     """Serve to whoever has the token, until Ctrl-C or SIGTERM, which is the orderly end; returns the exit code."""
+    should_stop = StopRequest()
     try:
-        with stop_on_signal() as should_stop:
+        with stop_on_signal(should_stop):
             print("starting Ray Serve and the reward", file=sys.stderr, flush=True)
             with served_reward(config, token_digest(token), env=ENVIRONMENT, should_stop=should_stop):
                 print(welcome(config), flush=True)

@@ -3,8 +3,9 @@
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ from raylhf.tracking import Tracker
 EXIT_OK, EXIT_FAILED = 0, 1
 EXIT_CODES = {"complete": EXIT_OK, "over KL budget": 3, "stopped": 130}
 """130 is a shell's code for an interrupt: the run was asked to stop, saved, and can be resumed."""
+EXIT_REQUEUE = 85
+"""The same, by SIGUSR1: a scheduler takes the nodes away, and `launch/slurm.sbatch` queues the job again."""
+
+
+@dataclass
+class StopRequest:
+    """Whether the run was asked to stop, and how."""
+
+    signum: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signum is not None
 
 
 def train(config: AnyRunConfig) -> int:
@@ -56,9 +69,10 @@ def _train_in(folder: Path, config: AnyRunConfig) -> int:
     tracker = Tracker(config, folder, None if resumed_step is None else resumed_step + 1, num_steps=job.num_steps)
     evaluations: list[dict[str, Any]] = []
     status = "failed"
+    request = StopRequest()
     try:
-        with stop_on_signal() as should_stop:
-            context = RunContext(folder, tracker, job.fingerprint, should_stop, evaluations)
+        with stop_on_signal(request):
+            context = RunContext(folder, tracker, job.fingerprint, request, evaluations)
             status = job.run(context, checkpoint)
     except StopRequestedError:
         status = "stopped"
@@ -68,7 +82,7 @@ def _train_in(folder: Path, config: AnyRunConfig) -> int:
     finally:
         tracker.finish(status, job.summary(evaluations))
     job.report(folder, status, evaluations)
-    return EXIT_CODES[status]
+    return EXIT_REQUEUE if status == "stopped" and request.signum == signal.SIGUSR1 else EXIT_CODES[status]
 
 
 def open_job(config: AnyRunConfig) -> Job:
@@ -94,19 +108,17 @@ def _is_complete(folder: Path, step: int) -> bool:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """A first Ctrl-C or SIGTERM asks the run to save and stop; a second Ctrl-C ends it without saving."""
-    requested = False
+def stop_on_signal(stop: StopRequest) -> Iterator[None]:
+    """A first Ctrl-C, SIGTERM or SIGUSR1 asks the run to save and stop; a second Ctrl-C ends it without saving."""
 
     def request(signum: int, _frame: object) -> None:
-        nonlocal requested
-        if requested and signum == signal.SIGINT:
+        if stop() and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        requested = True
+        stop.signum = stop.signum or signum
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: requested
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,5 +1,7 @@
 """What a run does with the folder of an earlier one, before the job begins."""
 
+import os
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 
 from raylhf.driver import train
 from raylhf.driver.scaling import request_size
+from raylhf.driver.train import StopRequest, stop_on_signal
 
 
 @pytest.fixture
@@ -38,3 +41,12 @@ def test_what_was_asked_of_an_earlier_run_is_set_aside_by_one_that_begins_anew(s
     request_size(tmp_path, 4)
     assert start(2) == ["scale.json"]
     assert start(None) == ["scale.1.json"]
+
+
+def test_a_scheduler_that_takes_the_nodes_away_is_told_from_a_user() -> None:
+    stop = StopRequest()
+    with stop_on_signal(stop):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signum == signal.SIGUSR1

@@ -1,0 +1,1 @@
+../raylhf/launch/ray_node.sh

@@ -1,0 +1,99 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from raylhf.cli import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SCRIPTS = Path(__file__).parents[2] / "launch"
+
+
+def rendered(capsys: pytest.CaptureFixture[str], *arguments: str, config: str = "gpu_64x_70b.yaml") -> str:
+    assert main(["launch", "slurm", str(CONFIGS / config), "--dry-run", *arguments]) == 0
+    text = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    return text
+
+
+def directives(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_nodes_gpus_and_memory_come_from_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = directives(rendered(capsys, "launch.slurm.partition=h100", "launch.slurm.options=[--exclusive]"))
+    assert {"--nodes=8", "--gpus-per-node=8", "--partition=h100", "--exclusive", "--time=24:00:00"} <= set(asked)
+    assert "hetjob" not in asked
+
+
+def test_rollout_nodes_are_a_second_part_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = directives(rendered(capsys, "launch.slurm.rollout_nodes=5", "launch.slurm.account=team"))
+    border = asked.index("hetjob")
+    assert "--nodes=3" in asked[:border] and "--nodes=5" in asked[border:]
+    assert asked[:border].count("--account=team") == asked[border:].count("--account=team") == 1
+
+
+def test_settings_reach_the_driver_as_they_were_given(capsys: pytest.CaptureFixture[str]) -> None:
+    text = rendered(capsys, "name=two", "rollout.sampling.temperature=0.5", "model.path=a b")
+    line = next(line for line in text.splitlines() if "set -- " in line)
+    command = f"{line}\nprintf '%s\\n' \"$@\""
+    words = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert words[1:] == ["name=two", "rollout.sampling.temperature=0.5", "model.path=a b"]
+    assert Path(words[0]) == CONFIGS / "gpu_64x_70b.yaml"
+
+
+def test_an_image_wraps_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "apptainer exec --nv" in rendered(capsys, "launch.slurm.image=raylhf.sif")
+    text = rendered(capsys, "launch.slurm.image=raylhf.sqsh", "launch.slurm.image_tool=pyxis")
+    assert "--container-image=raylhf.sqsh" in text
+
+
+def test_a_job_that_joins_asks_for_its_own_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = rendered(capsys, "--join", "2", "--rollout", "6", "name=big")
+    assert "--nodes=2" in directives(text) and "--job-name=big-join" in directives(text)
+    assert "export RAYLHF_ROLLOUT=6\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["launch.slurm.rollout_nodes=8"], "leaves no node for the learners"),
+        (["--join", "1"], "go together"),
+        (["launch.slurm.time_limit=soon"], "launch.slurm.time_limit"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "slurm", str(CONFIGS / "gpu_64x_70b.yaml"), "--dry-run", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_rollout_nodes_of_a_run_that_samples_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["launch", "slurm", str(CONFIGS / "sft.yaml"), "--dry-run", "launch.slurm.rollout_nodes=1"]
+    assert main(arguments) == 2
+    assert "samples nothing" in capsys.readouterr().err
+
+
+def test_without_sbatch_the_file_is_written_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["launch", "slurm", str(CONFIGS / "tiny_ppo.yaml"), "name=away", f"output_dir={tmp_path}"]
+    assert main(arguments) == 2
+    file = tmp_path / "away" / "launch" / "slurm.sbatch"
+    assert f"sbatch is not on PATH; submit {file}" in capsys.readouterr().err
+    assert file.is_file() and (file.parent / "ray_head.sh").is_file()
+
+
+def test_a_token_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    token.chmod(0o644)
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "ray_head.sh")],
+        env={"PATH": "/usr/bin:/bin", "RAY_AUTH_TOKEN_PATH": str(token)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "others may read" in done.stderr

@@ -1,0 +1,108 @@
+"""`raylhf launch slurm` on a real Slurm whose nodes are namespaces of this machine."""
+
+import json
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launch.slurm_lab import SlurmLab, slurm_lab, why_not
+
+from raylhf.cli.audit import run_audit
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny_ppo.yaml"
+RAYLHF = str(Path(sys.executable).with_name("raylhf"))
+REASON = why_not()
+NUM_STEPS = 40
+
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+    with slurm_lab(tmp_path_factory.mktemp("slurm"), num_nodes=3) as running:
+        yield running
+
+
+def settings(output: Path, name: str, *more: str) -> list[str]:
+    return [
+        f"name={name}",
+        f"output_dir={output}",
+        f"num_steps={NUM_STEPS}",
+        "checkpoint.every_steps=2",
+        "checkpoint.export=false",
+        "tracking.wandb=disabled",
+        "cluster.num_nodes=2",
+        "cluster.host_memory_gib=5",
+        *more,
+    ]
+
+
+def launch(lab: SlurmLab, *arguments: str) -> str:
+    printed = lab.run([RAYLHF, "launch", "slurm", str(CONFIG), *arguments])
+    return printed.split("as job ")[1].split(";")[0]
+
+
+def step_of(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def output_of(run: Path) -> str:
+    return "".join(file.read_text(errors="replace")[-3000:] for file in sorted((run / "launch").glob("*.[ol][ou][tg]")))
+
+
+def until_step(lab: SlurmLab, run: Path, step: int) -> None:
+    try:
+        lab.until(lambda: step_of(run) >= step, f"step {step}", timeout_s=240)
+    except AssertionError:
+        print(output_of(run))
+        raise
+
+
+def restart_now(lab: SlurmLab, job: str, num_restarts: int) -> None:
+    """Slurm waits two minutes before it starts a job again; not here."""
+    lab.until(
+        lambda: lab.job(job)["Restarts"] == str(num_restarts) and lab.job(job)["JobState"] == "PENDING",
+        f"restart {num_restarts}",
+        timeout_s=120,
+    )
+    lab.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
+
+
+def is_over(lab: SlurmLab, job: str) -> bool:
+    return lab.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: SlurmLab, tmp_path: Path) -> None:
+    run = tmp_path / "preempted"
+    job = launch(lab, *settings(tmp_path, "preempted"))
+    until_step(lab, run, 2)
+    tokens = list((run / "launch").glob("ray-token-*"))
+    assert [stat.S_IMODE(token.stat().st_mode) for token in tokens] == [0o600]
+    secret = tokens[0].read_text()
+    lab.run(["scancel", "--batch", "--signal=USR1", job])
+    restart_now(lab, job, 1)
+    saved = step_of(run)
+    assert 2 <= saved < NUM_STEPS
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+
+    until_step(lab, run, saved + 1)
+    node = lab.job(job)["NodeList"].removeprefix("node[").split(",")[-1].split("-")[-1].rstrip("]")
+    lab.kill_node(f"node{node}")  # the last of the job's nodes, on which the driver is not
+    restart_now(lab, job, 2)
+    lab.start_node(f"node{node}")
+    lab.until(lambda: is_over(lab, job), "end of the job", timeout_s=300)
+    assert lab.job(job)["JobState"] == "COMPLETED", output_of(run)
+    assert steps_of(run) == list(range(NUM_STEPS + 1))
+    assert run_audit(str(run)) == 0
+    for file in run.rglob("*"):
+        if file.is_file() and file.stat().st_size < 1_000_000:
+            assert secret not in file.read_text(errors="replace"), file
+    assert not list((run / "launch").glob("ray-token-*"))
