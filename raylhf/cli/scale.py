@@ -9,6 +9,7 @@ def run_scale(path: str, *, rollout: int) -> int:
     from raylhf.config.checks import growth_problem
     from raylhf.config.load import load_any_config
     from raylhf.config.run import RunConfig
+    from raylhf.driver.folder import is_locked
     from raylhf.driver.scaling import request_size
 
     folder = Path(path)
@@ -29,9 +30,8 @@ def run_scale(path: str, *, rollout: int) -> int:
             "would go back by itself"
         )
     request_size(folder, rollout)
-    print(
-        f"asked {folder.name} for {rollout} rollout workers: it follows before its next step, learners stay as they are"
-    )
+    when = "before its next step, learners stay as they are" if is_locked(folder) else "when `raylhf train` goes on"
+    print(f"asked {folder.name} for {rollout} rollout workers: it follows {when}")
     return 0
 
 

@@ -70,6 +70,10 @@ class Trouble(Enum):
     """An argument was on a node that is gone, or responses were given up; the worker itself is well."""
 
 
+LOSSES = (Trouble.DIED, Trouble.LOST_DATA)
+"""What takes a worker away from who asked it something: an answer lies where the worker is until it is fetched."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a call."""
@@ -122,12 +126,19 @@ class _Host(_Process):
         A call that fetches for itself would fail alone, in the middle of a collective that the other ranks are in.
         """
         everything = [reference for references in lists for reference in references]
+        unreachable = []
         if everything:  # all at once: fetched one by one, each lost one would cost its own deadline
-            ray.wait(everything, num_returns=len(everything), timeout=FETCH_TIMEOUT_S, fetch_local=True)
+            _, unreachable = ray.wait(
+                everything, num_returns=len(everything), timeout=FETCH_TIMEOUT_S, fetch_local=True
+            )
+        given_up = set(unreachable)
         self._held, lost = [], set()
         for references in lists:
             values = []
             for place, reference in enumerate(references):
+                if reference in given_up:
+                    lost.add(place)
+                    continue
                 try:
                     values.append(ray.get(reference, timeout=HERE_TIMEOUT_S))
                 except (ObjectLostError, GetTimeoutError):
@@ -347,10 +358,15 @@ def outcome_of(reference: Any) -> Outcome:
 
 def raise_trouble(outcomes: Mapping[str, Outcome], phase: str) -> None:
     """Raise for what went wrong, if anything did: whose process ended comes before who only lost contact with it."""
-    died = {name: outcome for name, outcome in outcomes.items() if outcome.trouble is Trouble.DIED}
-    if died:
-        reasons = "; ".join(f"{name} died in {phase}: {outcome.reason}" for name, outcome in died.items())
-        raise WorkersLostError(reasons, list(died))
+    lost = {name: outcome for name, outcome in outcomes.items() if outcome.trouble in LOSSES}
+    if lost:
+        reasons = "; ".join(
+            f"{name} died in {phase}: {outcome.reason}"
+            if outcome.trouble is Trouble.DIED
+            else f"the answer of {name} in {phase} is lost, as with its node: {outcome.reason}"
+            for name, outcome in lost.items()
+        )
+        raise WorkersLostError(reasons, list(lost))
     for name, outcome in outcomes.items():
         if outcome.trouble is Trouble.MISTAKE:
             raise ValueError(f"{name}, {phase}: {outcome.reason}")

@@ -124,9 +124,9 @@ def await_nodes(config: ClusterConfig, *, should_stop: Callable[[], bool]) -> No
             missing = [name for name in os.environ.get(EXPECTED_NODES_VARIABLE, "").split() if name not in there]
             names = f"; missing: {', '.join(missing)}" if missing else ""
             raise WorkerError(
-                f"{len(there)} of cluster.num_nodes={config.num_nodes} nodes joined the Ray cluster at "
-                f"{config.address} within cluster.start_timeout_s={config.start_timeout_s:g} ({', '.join(there)}){names}. Look at the "
-                "output of `ray start` on those that are missing, or lower cluster.num_nodes."
+                f"{len(there)} of cluster.num_nodes={config.num_nodes} nodes are in the Ray cluster {config.address} "
+                f"({', '.join(there)}){names}. Waited for cluster.start_timeout_s={config.start_timeout_s:g} s. Look "
+                "at the output of `ray start` on those that are missing, or lower cluster.num_nodes."
             )
         time.sleep(NODE_POLL_S)
 

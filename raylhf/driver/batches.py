@@ -90,7 +90,7 @@ class BatchQueue:
         try:
             self._workers.tend(may_publish=False)
             advance(self.ahead(), wait_s=0)
-        except (WorkerError, ValueError) as error:  # told of when the step under way is done
+        except (WorkerError, ValueError, OSError) as error:  # told of when the step under way is done
             self._problem = error
         self.note_finished()
 

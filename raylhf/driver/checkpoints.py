@@ -3,7 +3,8 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ _WRITING, _REPLACED, _REMOVING = ".writing_", ".replaced_", ".removing_"
 _CONVERTED = ".universal_"
 """What learners make for themselves of a checkpoint of another shape, and remove when they have loaded it."""
 _STATE_FILE = "driver.json"
+APPEAR_TIMEOUT_S = 30.0
+"""Within which a network file system shows one node what another one wrote."""
 
 
 class CheckpointError(RuntimeError):
@@ -99,6 +102,23 @@ def begin_checkpoint(run_dir: Path, step: int) -> Path:
     folder = run_dir / "checkpoints" / f"{_WRITING}{step}"
     folder.mkdir(parents=True)
     return folder
+
+
+def require_files(folder: Path, seen_by_ranks: Sequence[Sequence[str]], *, timeout_s: float = APPEAR_TIMEOUT_S) -> None:
+    """Wait until the driver sees every file that a learner sees in a folder that is not committed yet.
+
+    Raises:
+        OSError: it does not: the learners write to another disk.
+    """
+    names = sorted({name for names in seen_by_ranks for name in names})
+    deadline = time.monotonic() + timeout_s
+    while missing := [name for name in names if not (folder / name).is_file()]:
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"the driver does not see {len(missing)} of {len(names)} files that learners wrote, as {missing[0]}; "
+                "output_dir must be on storage that every node sees"
+            )
+        time.sleep(0.5)
 
 
 def commit_checkpoint(folder: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -142,11 +142,13 @@ class Collection:
     def _finish_tasks(self, ahead: Sequence["Collection"]) -> None:
         """Until every place is done.
 
+        Who has not answered within cluster.step_timeout_s hangs, and is replaced, once.
+
         Raises:
-            WorkerError: a worker failed, or not all was done within cluster.step_timeout_s.
+            WorkerError: a worker failed, or not all was done in twice that time.
         """
         timeout_s = self._config.cluster.step_timeout_s
-        deadline = time.monotonic() + timeout_s
+        deadline, has_replaced = time.monotonic() + timeout_s, False
         while not self.is_done:
             if self._should_stop():
                 raise StopRequestedError(PHASE)
@@ -154,7 +156,12 @@ class Collection:
             if not advance([self, *ahead]):  # nobody serves yet
                 time.sleep(IDLE_S)
             if time.monotonic() > deadline:
-                waited_for = ", ".join(sorted({self._describe(task) for task in self._tasks if task.done is None}))
+                open_tasks = [task for task in self._tasks if task.done is None]
+                waited_for = ", ".join(sorted({self._describe_silent(task) for task in open_tasks}))
+                if not has_replaced:
+                    self._replace_silent(open_tasks)
+                    deadline, has_replaced = time.monotonic() + timeout_s, True
+                    continue
                 raise WorkerError(f"{PHASE}: no answer from {waited_for} within {timeout_s:g} s")
 
     # --- one round (see `advance`) ----------------------------------------------------------------------------------
@@ -268,10 +275,25 @@ class Collection:
             return
         task.done = ScoredGroup(task.rollouts, task.rewards, rollout_summary, reward_summary, task.attempt)
 
+    def _replace_silent(self, tasks: Sequence[_Task]) -> None:
+        """End the workers that the tasks wait for; what becomes of their calls is taken in as after any death."""
+        for task in tasks:
+            reason = f"it hangs: no answer for prompt {task.prompt.index} in {PHASE}"
+            if task.sampled is not None and task.scorer is not None:
+                self.workers.reward.lose_if_current(task.scorer, reason)
+            elif task.sampler is not None:
+                self.workers.rollout.lose_if_current(task.sampler, reason)
+
     def _describe(self, task: _Task) -> str:
         """The rollout worker that a place was given to."""
         who = "no rollout worker" if task.sampler is None else self.workers.rollout.name(task.sampler.number)
         return f"{who} (prompt {task.prompt.index})"
+
+    def _describe_silent(self, task: _Task) -> str:
+        """The worker that a place waits for."""
+        if task.sampled is None or task.scorer is None:
+            return self._describe(task)
+        return f"{self.workers.reward.name(task.scorer.number)} (prompt {task.prompt.index})"
 
 
 def advance(collections: Sequence[Collection], *, wait_s: float = POLL_S) -> bool:

@@ -14,6 +14,11 @@ LOGGER = logging.getLogger(__name__)
 FOLDER = "crashes"
 LAST_LINES = 40
 TAIL_BYTES = 64 * 2**10
+LOG_FOLDER = "logs"
+ROLES = ("rollout", "reward", "learner")
+_WORKER = re.compile(rf"({'|'.join(ROLES)}) \d+")
+_RAISED = " failed in "
+"""How the driver says that a worker raised."""
 _FATAL = re.compile(r"Fatal Python error: (.+)")
 _SIGNALS = {
     "Segmentation fault": "SIGSEGV",
@@ -41,7 +46,7 @@ class Crash:
     log_file: Path | None
     """What the worker and its children wrote, if this machine can read it."""
     out_of_memory_kills: int
-    """Processes that the kernel ended here for want of memory since the run began."""
+    """Processes that the kernel ended for want of memory on the driver's machine since the report before."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class CrashReporter:
         moment = self._moment()
         log_file = self._logs / f"{who.replace(' ', '-')}.log"
         kills = out_of_memory_kills() - self._kills_before
+        self._kills_before += kills  # each is told of once
         crash = Crash(who, moment.phase, moment.step, moment.prompts, where, reason, log_file, kills)
         try:
             file = report_crash(self._folder, crash)
@@ -87,11 +93,26 @@ class CrashReporter:
         LOGGER.warning("%s is lost at step %d (%s); %s: see %s", who, moment.step, moment.phase, consequence, file)
 
 
+def report_failure(run_folder: Path, moment: Moment, error: Exception) -> Path | None:
+    """Report what ended the run; None where that cannot be written."""
+    reason = str(error)
+    lost = error.names[0].partition(" (")[0] if isinstance(error, WorkersLostError) else ""
+    named = _WORKER.match(reason)
+    who = lost or (named[0] if named else "run")
+    log_file = run_folder / LOG_FOLDER / f"{who.replace(' ', '-')}.log" if who.startswith(ROLES) else None
+    crash = Crash(who, moment.phase, moment.step, moment.prompts, "", reason, log_file, 0)
+    try:
+        return report_crash(run_folder, crash)
+    except OSError as failure:
+        LOGGER.warning("no report of the run's end can be written (%s)", failure)
+        return None
+
+
 def report_crash(run_folder: Path, crash: Crash) -> Path:
     """Write the report; returns its file."""
     folder = run_folder / FOLDER
     folder.mkdir(exist_ok=True)
-    number = len(list(folder.iterdir())) + 1
+    number = max((int(file.name[:3]) for file in folder.glob("[0-9][0-9][0-9]-*")), default=0) + 1
     file = folder / f"{number:03d}-{crash.who.replace(' ', '-')}.txt"
     lines = last_lines(crash.log_file)
     file.write_text(
@@ -117,7 +138,7 @@ def how_it_ended(crash: Crash, lines: Sequence[str]) -> str:
     hint = ""
     if crash.out_of_memory_kills:
         hint = (
-            f"; the kernel has ended {crash.out_of_memory_kills} processes for want of memory since the run began: "
+            f"; the kernel has ended {crash.out_of_memory_kills} processes for want of memory on the driver's machine: "
             "lower rollout.kv_cache_gib, learner.micro_batch_size or the replicas, or give the node more memory"
         )
     elif "OutOfMemory" in crash.reason or "out of memory" in crash.reason.lower():
@@ -125,6 +146,10 @@ def how_it_ended(crash: Crash, lines: Sequence[str]) -> str:
     for line in reversed(lines):
         if found := _FATAL.search(line):
             return f"{_SIGNALS.get(found[1].strip(), found[1].strip())}{hint}"
+    if _RAISED in crash.reason:
+        return f"it raised an error{hint}"
+    if not crash.who.startswith(ROLES):
+        return f"the run ended{hint}"
     if "hangs" in crash.reason or "did not" in crash.reason:
         return f"it was silent, and was ended by the driver{hint}"
     return f"without a last word, as after SIGKILL{hint}"

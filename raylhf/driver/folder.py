@@ -57,6 +57,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a driver holds a run's folder, as far as this file system can tell."""
+    try:
+        with (folder / ".lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def record_settings(config: CommonConfig, folder: Path) -> None:
     """Write `config.yaml` and `versions.json`."""
     (folder / "config.yaml").write_text(dump_config(config))

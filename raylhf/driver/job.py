@@ -46,6 +46,10 @@ class Job(Protocol):
         """Start Ray and workers, train, export; returns how it ended: `complete`, `stopped`, `over KL budget`."""
         ...
 
+    def rows_under_way(self) -> list[int]:
+        """Rows of the data that the batch under way is made of, as far as the driver knows them."""
+        ...
+
     def summary(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Numbers of the whole run, for the tracker's summary."""
         ...

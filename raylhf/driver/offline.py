@@ -9,7 +9,7 @@ from raylhf.cluster.actors import ActorGroup
 from raylhf.cluster.session import await_nodes, ray_session, run_on_cluster
 from raylhf.config.preference import loss_of
 from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
-from raylhf.driver.checkpoints import commit_checkpoint, writing_checkpoint
+from raylhf.driver.checkpoints import commit_checkpoint, require_files, writing_checkpoint
 from raylhf.driver.fingerprint import fixed_settings
 from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
 from raylhf.driver.report import print_offline_report
@@ -70,6 +70,10 @@ class OfflineJob:
                     tracker.set_phase("export")
                     learners.call_all("export", str(context.folder / "export"), timeout_s=timeout_s)
                 return status
+
+    def rows_under_way(self) -> list[int]:
+        """Not known here: batches follow from seed and step."""
+        return []
 
     def summary(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The held-out loss, or what a policy is measured by, first and last."""
@@ -146,7 +150,8 @@ class OfflineRun:
         context.tracker.set_phase("checkpoint")
         seconds = timed()
         with writing_checkpoint(context.folder, self.step) as folder:
-            self._call("save", str(folder))
+            timeout_s = self.config.cluster.step_timeout_s
+            require_files(folder, self.learners.call_all("save", str(folder), timeout_s=timeout_s))
             state = {"step": self.step, "evaluations": context.evaluations, "settings": context.fingerprint}
             commit_checkpoint(folder, step=self.step, state=state, keep=self.config.checkpoint.keep)
         self.saved_step = self.step

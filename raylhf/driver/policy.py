@@ -7,14 +7,14 @@ from typing import Any
 from raylhf.cluster.session import await_nodes, ray_session, run_on_cluster
 from raylhf.config import RunConfig
 from raylhf.driver.batches import BatchQueue
-from raylhf.driver.crash import CrashReporter, Moment
+from raylhf.driver.crash import LOG_FOLDER, CrashReporter, Moment
 from raylhf.driver.fingerprint import fixed_settings, prompts_digest
 from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
 from raylhf.driver.ledger import Ledger
 from raylhf.driver.ppo import Run, load_learners, restore_driver, state_of, train_ppo
 from raylhf.driver.report import print_report
 from raylhf.driver.roles import prepare
-from raylhf.driver.workers import LOG_FOLDER, running_workers
+from raylhf.driver.workers import running_workers
 from raylhf.text.prompts import PromptOrder, drop_overlong, load_prompts, split_held_out
 
 
@@ -27,11 +27,12 @@ class PolicyJob:
         self.fingerprint = fixed_settings(config, {"the prompts of data.path": prompts_digest(everything)})
         self.num_steps = config.num_steps
         self._prompts, self._held_out = split_held_out(everything, config.data.held_out, config.seed)
+        self._run: Run | None = None
 
     def run(self, context: RunContext, checkpoint: Checkpoint | None) -> str:
         """Start Ray and the workers, train, export; returns how the training ended."""
         config, timeout_s = self._config, self._config.cluster.start_timeout_s
-        run = Run(config=config, **vars(context))
+        run = self._run = Run(config=config, **vars(context))
         with ray_session(config.cluster, env=ENVIRONMENT):
             context.tracker.set_phase("waiting for the nodes")
             await_nodes(config.cluster, should_stop=context.should_stop)
@@ -48,7 +49,7 @@ class PolicyJob:
             run.crashes = CrashReporter(
                 context.folder,
                 context.folder / LOG_FOLDER,
-                lambda: Moment(context.tracker.phase, run.step, [prompt.index for prompt in run.sampling]),
+                lambda: Moment(context.tracker.phase, run.step, self.rows_under_way()),
             )
             if checkpoint is None and run.dropped_overlong:
                 kept = {prompt.index for prompt in [*prompts, *run.held_out]}
@@ -75,6 +76,10 @@ class PolicyJob:
                     exported = str(context.folder / "export")
                     run.workers.learner.call_all("export", exported, timeout_s=config.cluster.step_timeout_s)
                 return status
+
+    def rows_under_way(self) -> list[int]:
+        """Rows of the data that the batch under way is made of."""
+        return [] if self._run is None else [prompt.index for prompt in self._run.sampling]
 
     def summary(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The first and last held-out rewards."""

@@ -11,7 +11,13 @@ from raylhf.cluster.actors import Held, StopRequestedError, WorkerError, Workers
 from raylhf.config import RunConfig
 from raylhf.driver.batch_metrics import batch_metrics, version_metrics
 from raylhf.driver.batches import TRAIN_SEED, BatchQueue
-from raylhf.driver.checkpoints import CheckpointError, commit_checkpoint, newest_checkpoint, writing_checkpoint
+from raylhf.driver.checkpoints import (
+    CheckpointError,
+    commit_checkpoint,
+    newest_checkpoint,
+    require_files,
+    writing_checkpoint,
+)
 from raylhf.driver.collect import Collection, ScoredGroup, hand_over, sample_rows, share_among_ranks
 from raylhf.driver.crash import CrashReporter
 from raylhf.driver.evaluate import Evaluation, evaluate
@@ -122,10 +128,12 @@ def _train_on(run: Run) -> str:
         status = "stopped"
     except WorkersLostError:  # of the learners, and with them what they learnt since the last checkpoint
         raise
-    except (WorkerError, ValueError):
+    except (WorkerError, ValueError, OSError):
         # A failure while they learn or send leaves the learners in between two steps; else nothing need be lost.
         if not run.is_updating:
-            with suppress(WorkerError, ValueError, CheckpointError):  # the failure that led here is the one to report
+            with suppress(
+                WorkerError, ValueError, OSError, CheckpointError
+            ):  # the failure that led here is the one to report
                 _save_rest(run)
         raise
     _save_rest(run)
@@ -192,6 +200,8 @@ def train_step(run: Run) -> float:
     metrics["rollout/num_workers"] = len(run.workers.rollout.serving())
     metrics |= batch_metrics(groups, area="reward", seconds=run.batches.cycle_seconds(batch))
     metrics |= version_metrics(groups, version=run.step)
+    if metrics["rollout/staleness_max"] > config.rollout.max_staleness:
+        raise WorkerError(f"a token of step {run.step + 1} is {metrics['rollout/staleness_max']:g} versions old")
     metrics["memory/object_store_frac"] = run.store.fullest()
     run.tracker.set_phase("learn")
     run.is_updating = True
@@ -315,7 +325,8 @@ def save(run: Run) -> None:
     run.tracker.set_phase("checkpoint")
     seconds = timed()
     with writing_checkpoint(run.folder, run.step, let_through=(WorkersLostError,)) as folder:
-        run.workers.learner.call_all("save", str(folder), timeout_s=run.config.cluster.step_timeout_s)
+        seen = run.workers.learner.call_all("save", str(folder), timeout_s=run.config.cluster.step_timeout_s)
+        require_files(folder, seen)
         state = state_of(run) | {"settings": run.fingerprint}
         commit_checkpoint(folder, step=run.step, state=state, keep=run.config.checkpoint.keep)
     run.ledger.save(run.step)

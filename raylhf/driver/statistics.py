@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raylhf.cluster.actors import Outcome, StopRequestedError, Trouble, raise_trouble, settle
+from raylhf.cluster.actors import LOSSES, Outcome, StopRequestedError, Trouble, raise_trouble, settle
 from raylhf.cluster.health import Health
 from raylhf.cluster.pool import WorkerPool
 from raylhf.config import RunConfig
@@ -101,7 +101,7 @@ class RewardStatistics:
         values = {}
         for number, ticket in tickets.items():
             outcome = outcomes.get(number, Outcome(trouble=Trouble.DIED, reason=f"no answer to {method}: it hangs"))
-            if outcome.trouble is Trouble.DIED:
+            if outcome.trouble in LOSSES:
                 self._reward.lose_if_current(ticket, outcome.reason)
             else:
                 raise_trouble({self._reward.name(number): outcome}, PHASE)

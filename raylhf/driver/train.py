@@ -1,6 +1,7 @@
 """`raylhf train`: the run's folder, the job, the report; and an orderly end whatever happens."""
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from raylhf.cluster.actors import StopRequestedError, WorkerError
 from raylhf.config.run import AnyRunConfig, OfflineRunConfig
 from raylhf.driver.checkpoints import CheckpointError, newest_checkpoint, set_checkpoints_aside
+from raylhf.driver.crash import Moment, report_failure
 from raylhf.driver.fingerprint import require_same_settings
 from raylhf.driver.folder import locked, record_settings, run_folder
 from raylhf.driver.job import Job, RunContext
@@ -76,13 +78,25 @@ def _train_in(folder: Path, config: AnyRunConfig) -> int:
             status = job.run(context, checkpoint)
     except StopRequestedError:
         status = "stopped"
-    except (WorkerError, CheckpointError) as error:
-        print(f"raylhf: {error}", file=sys.stderr)
+    except (WorkerError, CheckpointError, OSError) as error:
+        sentence = _describe_os_error(folder, error) if isinstance(error, OSError) else str(error)
+        print(f"raylhf: {sentence}", file=sys.stderr)
+        moment = Moment(tracker.phase, tracker.step, job.rows_under_way())
+        if (report := report_failure(folder, moment, error)) is not None:
+            print(f"raylhf: see {report}", file=sys.stderr)
         return EXIT_FAILED
     finally:
         tracker.finish(status, job.summary(evaluations))
     job.report(folder, status, evaluations)
     return EXIT_REQUEUE if status == "stopped" and request.signum == signal.SIGUSR1 else EXIT_CODES[status]
+
+
+def _describe_os_error(folder: Path, error: OSError) -> str:
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    return (
+        f"{error} ({free_gib:.3g} GiB of the disk of {folder} are free). Mend what failed, and give the same command "
+        "again: the run goes on from its newest checkpoint"
+    )
 
 
 def open_job(config: AnyRunConfig) -> Job:

@@ -13,6 +13,7 @@ from raylhf.cluster.session import preflight
 from raylhf.config import RunConfig
 from raylhf.config.placement import COLOCATED, reserved_roles, roles_of
 from raylhf.config.run import AnyRunConfig, OfflineRunConfig, RewardModelRunConfig
+from raylhf.driver.crash import LOG_FOLDER
 from raylhf.driver.roles import (
     learner_worker,
     preference_learner_worker,
@@ -26,7 +27,6 @@ from raylhf.driver.weight_sync import WeightSync
 
 LOGGER = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 30.0
-LOG_FOLDER = "logs"
 
 
 class Workers:

@@ -62,6 +62,11 @@ def save_learner(folder: Path, models: LearnerModels, state: dict[str, Any]) -> 
         torch.save(models.reference.state_dict(), folder / "reference.pt")
 
 
+def files_seen(folder: Path) -> list[str]:
+    """Names of a checkpoint's files that this node sees: its own and those of other ranks, as far as written."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
 def load_learner(folder: Path, models: LearnerModels) -> dict[str, Any]:
     """Restore both engines (collective) and return the saved state.
 

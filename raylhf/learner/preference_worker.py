@@ -11,7 +11,7 @@ from raylhf.config.algorithms import LOSSES, Need
 from raylhf.config.preference import PreferenceConfig, loss_of
 from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.config.run import PreferenceRunConfig
-from raylhf.learner.checkpoint import load_learner, save_learner
+from raylhf.learner.checkpoint import files_seen, load_learner, save_learner
 from raylhf.learner.engine import Rendezvous, peak_memory_gib
 from raylhf.learner.microbatch import Packing
 from raylhf.learner.models import LearnerModels, build_models
@@ -214,9 +214,10 @@ class PreferenceLearnerWorker:
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Write this rank's share of a checkpoint."""
+    def save(self, folder: str) -> list[str]:
+        """Write this rank's share of a checkpoint; returns the files that it sees there afterwards."""
         save_learner(Path(folder), self._models, {"step": self._step, "loss": self._update.state_dict()})
+        return files_seen(Path(folder))
 
     def load(self, folder: str) -> int:
         """Continue from a checkpoint of any shape (ranks, ZeRO stage); returns the number of steps it has taken."""

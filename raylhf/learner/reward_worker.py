@@ -20,7 +20,7 @@ from raylhf.config.reward_model import (
     TokenAggregateLoss,
 )
 from raylhf.config.run import RewardModelRunConfig
-from raylhf.learner.checkpoint import load_engine, save_engine
+from raylhf.learner.checkpoint import files_seen, load_engine, save_engine
 from raylhf.learner.engine import (
     Rendezvous,
     build_engine,
@@ -205,9 +205,10 @@ class RewardLearnerWorker:
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Write this rank's share of a checkpoint."""
+    def save(self, folder: str) -> list[str]:
+        """Write this rank's share of a checkpoint; returns the files that it sees there afterwards."""
         save_engine(Path(folder) / "reward_model", self._engine, {"step": self._step})
+        return files_seen(Path(folder))
 
     def load(self, folder: str) -> int:
         """Continue from a checkpoint of any shape (ranks, ZeRO stage); returns the number of steps it has taken."""

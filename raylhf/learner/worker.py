@@ -15,7 +15,7 @@ from raylhf.config import RunConfig
 from raylhf.config.preference import OnlineDPOConfig
 from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.interfaces import WeightSender
-from raylhf.learner.checkpoint import load_learner, save_learner
+from raylhf.learner.checkpoint import files_seen, load_learner, save_learner
 from raylhf.learner.engine import Rendezvous, peak_memory_gib
 from raylhf.learner.experience import gather_experience
 from raylhf.learner.metrics import experience_metrics
@@ -187,10 +187,11 @@ class LearnerWorker:
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Write this rank's share of a checkpoint."""
+    def save(self, folder: str) -> list[str]:
+        """Write this rank's share of a checkpoint; returns the files that it sees there afterwards."""
         state = {"step": self._step, "objective": self._objective.state_dict()}
         save_learner(Path(folder), self._models, state)
+        return files_seen(Path(folder))
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint, of any number of ranks and ZeRO stage."""

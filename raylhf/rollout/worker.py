@@ -113,7 +113,8 @@ class RolloutWorker:
 
         Raises:
             ValueError: the prompt leaves no room for max_response_tokens.
-            BrokenWorkerError: the engine's process is gone, or it holds half-updated weights.
+            BrokenWorkerError: the engine's process is gone, it holds half-updated weights, or it takes longer than
+                cluster.step_timeout_s.
             ResponsesLostError: a weight sync failed meanwhile.
             RuntimeError: the engine ended a response as nobody asked it to.
         """
@@ -122,8 +123,12 @@ class RolloutWorker:
             raise BrokenWorkerError(self._failed_update)
         prompt_ids = self._encode(prompt)
         with self._telling_of_a_dead_engine():
-            async with asyncio.timeout(self._config.cluster.step_timeout_s):
-                results = await asyncio.gather(*(self._sample(prompt_ids, seed + j) for j in range(num_responses)))
+            timeout_s = self._config.cluster.step_timeout_s
+            try:
+                async with asyncio.timeout(timeout_s):
+                    results = await asyncio.gather(*(self._sample(prompt_ids, seed + j) for j in range(num_responses)))
+            except TimeoutError:
+                raise BrokenWorkerError(f"prompt {prompt.index} had no responses within {timeout_s:g} s") from None
         rollouts = self._collect(prompt, prompt_ids, results)
         summary = summarize(rollouts, self._stop_ids, seconds=time.perf_counter() - began)
         return rollouts, summary | ({"sample": sample_of(rollouts)} if with_sample else {})
@@ -282,9 +287,11 @@ def _sampled_logprobs(completion: "CompletionOutput") -> np.ndarray:
 
 def _versions(completion: "CompletionOutput") -> np.ndarray:
     """Version of the weights that sampled each token, int64 [T]."""
-    versions = np.zeros(len(completion.token_ids), dtype=np.int64)
+    versions = np.full(len(completion.token_ids), -1, dtype=np.int64)
     for span in completion.weight_versions or ():
         versions[span.start : span.end] = int(span.version)
+    if (versions < 0).any():
+        raise RuntimeError(f"vLLM gave no version of the weights for {int((versions < 0).sum())} tokens of a response")
     return versions
 
 

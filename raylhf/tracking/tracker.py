@@ -83,6 +83,11 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log_table(step, f"samples/{name}", shown)
 
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return max(self._row["step"], 0)
+
     def set_phase(self, name: str) -> None:
         """Say what the run is doing now, on the console and in `status.json`."""
         self.phase = name
@@ -111,10 +116,11 @@ class Tracker:
         final = without_secrets(plain({"status": status, "step": self._row["step"], **summary}))
         if self._wandb is not None:
             self._wandb.finish(exit_code=1 if status == "failed" else 0, summary=final)
-        (self._run_dir / "summary.json").write_text(json.dumps(final, indent=2) + "\n")
+        with suppress(OSError):  # a full disk is told of by what ended the run
+            (self._run_dir / "summary.json").write_text(json.dumps(final, indent=2) + "\n")
 
     def _note_status(self, name: str) -> None:
-        status = {"phase": name, "step": max(self._row["step"], 0), "since": time.time(), "pid": os.getpid()}
+        status = {"phase": name, "step": self.step, "since": time.time(), "pid": os.getpid()}
         unfinished = self._run_dir / ".status.json"
         with suppress(OSError):  # a full disk is told of by what cannot do without it
             unfinished.write_text(json.dumps(status) + "\n")

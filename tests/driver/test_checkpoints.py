@@ -14,6 +14,7 @@ from raylhf.driver.checkpoints import (
     commit_checkpoint,
     newest_checkpoint,
     newest_state,
+    require_files,
     writing_checkpoint,
 )
 
@@ -245,3 +246,11 @@ def test_a_write_that_the_system_refuses_leaves_the_previous_checkpoint_whole(nu
         assert "step 2 could not be saved" in told and "File too large" in told and "is step_1" in told
         assert names(tmp_path) == ["step_1"]
     assert newest(tmp_path) == names(tmp_path)[0]
+
+
+def test_files_of_learners_that_the_driver_does_not_see_make_no_checkpoint(tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "rank_0").write_text("x")
+    require_files(tmp_path, [["policy/rank_0"]], timeout_s=0)
+    with pytest.raises(OSError, match=r"does not see 1 of 2 files that learners wrote, as policy/rank_1"):
+        require_files(tmp_path, [["policy/rank_0"], ["policy/rank_0", "policy/rank_1"]], timeout_s=0)

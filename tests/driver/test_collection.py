@@ -127,7 +127,34 @@ def test_a_worker_has_no_more_prompts_than_its_engine_decodes_in_two_waves(colle
                                   num_prompts=9, max_num_seqs=2)  # fmt: skip
     with pytest.raises(WorkerError, match=r"no answer from .*rollout 0 \(prompt 10\).* within 0.3 s"):
         made.run()
-    assert Counter(number for number, *_ in workers.rollout.calls) == {0: 4, 1: 4}
+    assert Counter((number, launch) for number, launch, *_ in workers.rollout.calls if launch == 1) == {
+        (0, 1): 4,
+        (1, 1): 4,
+    }
+
+
+def test_a_reward_worker_that_hangs_is_replaced_and_named_and_its_responses_are_scored_by_others(collection):
+    open_calls, reasons = [], []
+
+    def score(number, launch, rollouts, kwargs):
+        if (number, launch) == (1, 1):
+            open_calls.append(Call(None))
+            return open_calls[-1], open_calls[-1]
+        return scored(number, launch, rollouts, kwargs)
+
+    made, workers, reissued = collection(score=score)
+    lose = workers.reward.lose_if_current
+
+    def end(ticket, reason):  # as Ray does with the calls of a process that it ends
+        reasons.append(reason)
+        lose(ticket, reason)
+        for call in open_calls:
+            call.outcome = DIED
+
+    workers.reward.lose_if_current = end
+    assert len(made.run()) == 6
+    assert "it hangs: no answer for prompt 11" in reasons[0]
+    assert workers.reward.launches[1] == 2 and workers.rollout.launches == {0: 1, 1: 1} and not reissued
 
 
 def test_a_request_to_stop_ends_the_wait(collection):

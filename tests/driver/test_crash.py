@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from raylhf.cluster.actors import Identity, WorkersLostError
+from raylhf.cluster.actors import Identity, WorkerError, WorkersLostError
 from raylhf.cluster.pool import Loss
 from raylhf.driver import crash
-from raylhf.driver.crash import LAST_LINES, CrashReporter, Moment
+from raylhf.driver.crash import LAST_LINES, CrashReporter, Moment, report_failure
 
 
 @pytest.fixture
@@ -82,3 +82,27 @@ def test_learners_are_reported_one_by_one_and_a_log_elsewhere_is_no_failure(repo
 def test_the_kernels_count_is_a_number_here():
     assert crash.out_of_memory_kills() >= 0
     assert crash.last_lines(Path("nowhere")) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "who", "ended"),
+    [
+        (WorkerError("learner 1 failed in learning: RuntimeError: no"), "learner-1", "it raised an error"),
+        (WorkersLostError("learner 0 died in export: gone", ["learner 0"]), "learner-0", "without a last word"),
+        (OSError(28, "No space left on device"), "run", "the run ended"),
+    ],
+)
+def test_what_ends_a_run_is_reported_too(tmp_path, error, who, ended):
+    file = report_failure(tmp_path, Moment("learn", 3, [8, 9]), error)
+    assert file is not None and file.name == f"001-{who}.txt"
+    text = file.read_text()
+    assert f"ended:   {ended}" in text and "prompts: 8, 9" in text and str(error) in text
+
+
+def test_a_report_never_takes_the_place_of_another(reporter, tmp_path):
+    made = reporter()
+    made.worker_lost(loss())
+    made.worker_lost(loss())
+    (tmp_path / "crashes" / "001-rollout-0.txt").unlink()
+    made.worker_lost(loss())
+    assert [file.name[:3] for file in sorted((tmp_path / "crashes").iterdir())] == ["002", "003"]

@@ -50,3 +50,20 @@ def test_a_scheduler_that_takes_the_nodes_away_is_told_from_a_user() -> None:
         assert stop()
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.signum == signal.SIGUSR1
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_a_report(tmp_path, monkeypatch, capsys):
+    def fill(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "newest_checkpoint", lambda _: None)
+    monkeypatch.setattr(train, "record_settings", lambda *_: None)
+    tracker = SimpleNamespace(finish=lambda *_: None, phase="rollout", step=4)
+    monkeypatch.setattr(train, "Tracker", lambda *_, **__: tracker)
+    job = SimpleNamespace(fingerprint={}, num_steps=5, run=fill, summary=lambda _: {}, rows_under_way=lambda: [7])
+    monkeypatch.setattr(train, "open_job", lambda _: job)
+    config: Any = SimpleNamespace(checkpoint=SimpleNamespace(resume=True))
+    assert train._train_in(tmp_path, config) == train.EXIT_FAILED
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "GiB of the disk" in told and "newest checkpoint" in told
+    assert "prompts: 7" in (tmp_path / "crashes" / "001-run.txt").read_text()

@@ -97,10 +97,13 @@ def shaken(raylhf):
 
 @pytest.fixture(scope="module")
 def ahead(raylhf):
-    """An asynchronous run, in which a rollout worker is killed."""
+    """An asynchronous run, in which a rollout worker is killed, and a learner two steps later."""
     command = raylhf.start("ahead", *SETTINGS, *ASYNCHRONOUS)
     command.wait_for(lambda: any(row["step"] >= 2 for row in command.rows()), "step 2")
     find(command, "rollout-0").send_signal(signal.SIGKILL)
+    step = command.rows()[-1]["step"] + 2
+    command.wait_for(lambda: any(row["step"] >= step for row in command.rows()), f"step {step}")
+    find(command, "learner-1").send_signal(signal.SIGKILL)
     command.wait()
     return command
 
@@ -148,13 +151,14 @@ def test_a_run_whose_rollout_workers_come_and_go_has_the_same_numbers(calm, scal
     assert (sizes[0], max(sizes), sizes[-1]) == (1, 3, 1), sizes
 
 
-def test_an_asynchronous_run_keeps_its_bound_and_loses_nothing_with_a_worker(raylhf, ahead):
+def test_an_asynchronous_run_keeps_its_bound_and_loses_nothing_with_a_worker_or_a_learner(raylhf, ahead):
     assert ahead.process.returncode == 0, ahead.story()
     assert ahead.left_running() == []
     staleness = [row["rollout/staleness_max"] for row in ahead.rows() if row["step"]]
     assert len(staleness) == NUM_STEPS
     assert staleness[0] == 0 and max(staleness) <= 2 and staleness[1] >= 1, staleness
-    assert len(crash_reports(ahead)) >= 1
+    lost = {report.name[4:].removesuffix(".txt") for report in crash_reports(ahead)}
+    assert lost >= {"rollout-0", "learner-1"}, lost
     audit = raylhf.call("audit_of_ahead", "audit", str(ahead.folder))
     assert audit.process.returncode == 0, audit.story()
     assert re.search(rf"consumed +{NUM_STEPS * 12}\b", audit.output), audit.story()

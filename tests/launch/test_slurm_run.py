@@ -106,3 +106,36 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: Slur
         if file.is_file() and file.stat().st_size < 1_000_000:
             assert secret not in file.read_text(errors="replace"), file
     assert not list((run / "launch").glob("ray-token-*"))
+
+
+def workers_of(run: Path) -> list[int]:
+    """Rollout workers in each step, as far as there are any steps."""
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [int(row["rollout/num_workers"]) for row in rows if "rollout/num_workers" in row]
+
+
+def test_rollouts_have_nodes_of_their_own_and_a_second_job_adds_and_takes_away_one(
+    lab: SlurmLab, tmp_path: Path
+) -> None:
+    run = tmp_path / "apart"
+    apart = settings(tmp_path, "apart", "launch.slurm.rollout_nodes=1", "num_steps=5000", "learner.lr=1e-5")
+    apart += ["checkpoint.every_steps=100", "rollout.num_cpus=1.5"]  # a node has room for one
+    job = launch(lab, *apart)
+    until_step(lab, run, 2)
+    second = launch(lab, "--join", "1", "--rollout", "2", *apart)
+    try:
+        lab.until(lambda: workers_of(run)[-1:] == [2], "second rollout worker", timeout_s=200)
+        lab.run(["scancel", "--batch", "--signal=USR1", second])
+        lab.until(lambda: workers_of(run)[-1:] == [1], "single rollout worker", timeout_s=60)
+        lab.until(lambda: is_over(lab, second), "end of the second job", timeout_s=60)
+        assert lab.job(second)["JobState"] == "COMPLETED"
+        step = step_of(run)
+        until_step(lab, run, step + 3)
+        lab.run(["scancel", job])
+        lab.until(lambda: (run / "summary.json").is_file(), "orderly end", timeout_s=60)
+    except AssertionError:
+        print(output_of(run))
+        raise
+    assert "Traceback" not in output_of(run)
+    assert run_audit(str(run)) == 0
