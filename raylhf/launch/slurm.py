@@ -120,6 +120,7 @@ def _directives(config: AnyRunConfig, join: Join | None) -> Iterator[str]:
     for number, num_nodes in enumerate(parts):
         if number:
             yield "#SBATCH hetjob"
+            yield f"#SBATCH --job-name={config.name}-rollout"  # a part waits for others of its name, the first part too
             yield "#SBATCH --ntasks-per-node=1"
             yield "#SBATCH --requeue"
         yield f"#SBATCH --nodes={num_nodes}"

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from raylhf.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCRIPTS = Path(__file__).parents[2] / "launch"
+PACKAGE = Path(__file__).parents[2] / "raylhf"
 
 
 def rendered(capsys: pytest.CaptureFixture[str], *arguments: str, config: str = "gpu_64x_70b.yaml") -> str:
@@ -97,3 +99,14 @@ def test_a_token_that_others_may_read_is_refused(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "others may read" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs Debian's shellcheck")
+def test_the_scripts_are_clean() -> None:
+    files = [file for pattern in ("ray_*.sh", "*.sbatch") for file in (PACKAGE / "launch").glob(pattern)]
+    names = [file.name for file in files if file.name != "ray_node.sh"]  # sourced by the others
+    assert len(names) == 4
+    done = subprocess.run(
+        ["shellcheck", "-x", *names], cwd=PACKAGE / "launch", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout

@@ -133,7 +133,7 @@ def test_rollouts_have_nodes_of_their_own_and_a_second_job_adds_and_takes_away_o
         step = step_of(run)
         until_step(lab, run, step + 3)
         lab.run(["scancel", job])
-        lab.until(lambda: (run / "summary.json").is_file(), "orderly end", timeout_s=60)
+        lab.until(lambda: is_over(lab, job), "end of the first job", timeout_s=60)
     except AssertionError:
         print(output_of(run))
         raise
