@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
-        ("check", "check a config and print what the run will do and take; starts nothing"),
+        ("check", "check a config and print what the run will do and take, or check manifests; starts nothing"),
         ("train", "run a config"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -69,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The command that asks for nodes."""
-    text = "start a run here or on a Slurm cluster"
+    text = "start a run here, on a Slurm cluster or on Kubernetes"
     command = commands.add_parser("launch", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.add_argument("target", choices=("local", "slurm"), help="where")
+    command.add_argument("target", choices=("local", "slurm", "k8s"), help="where")
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
     command.add_argument("--dry-run", action="store_true", help="print what would be started; start nothing")

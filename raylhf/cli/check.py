@@ -1,6 +1,7 @@
 """`raylhf check`: the resolved plan of a run, or what a reward service will serve."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +24,16 @@ from raylhf.config.source import read_source
 def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
     """Print the plan. Problems stop the loading with a ConfigError; a warning about memory does not.
 
-    `with_data` reads stored judgements as well and tells what is in them.
+    `with_data` reads stored judgements as well and tells what is in them. A file of Kubernetes manifests is checked as
+    such.
     """
+    if (text := _manifests_in(path)) is not None:
+        from raylhf.launch.manifest_checks import find_manifest_problems
+
+        if problems := find_manifest_problems(text):
+            raise ConfigError([f"{path}: {problem}" for problem in problems])
+        print("no problems found")
+        return 0
     config = load_service_config(path, overrides) if _is_service(path) else load_any_config(path, overrides)
     console = Console(highlight=False, soft_wrap=True)
     if isinstance(config, OfflineRunConfig):
@@ -43,6 +52,17 @@ def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
             _check_policy(console, config)
     console.print("\nno problems found", style="green")
     return 0
+
+
+def _manifests_in(path: str) -> str | None:
+    """The text of the file, if that is manifests."""
+    from raylhf.launch.manifest_checks import is_manifest
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # the sentence is that of the config's reader
+        return None
+    return text if is_manifest(text) else None
 
 
 def _is_service(path: str) -> bool:

@@ -30,6 +30,43 @@ class SlurmConfig(Settings):
     """What runs the image."""
 
 
+class KubernetesConfig(Settings):
+    image: str | None = None
+    """Container image with raylhf in it, made from k8s/Containerfile; every pod runs it."""
+    namespace: str = Field(default="raylhf", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    """Namespace, made by k8s/base."""
+    runs_claim: str = "raylhf-runs"
+    """PersistentVolumeClaim for the runs' folders; every pod mounts it, so it must be ReadWriteMany."""
+    models_claim: str = "raylhf-models"
+    """PersistentVolumeClaim for the cache of models and data sets, ReadWriteMany too."""
+    secret: str = "raylhf-secrets"
+    """Secret with WANDB_API_KEY and HF_TOKEN, each of which may be missing."""
+    head_cpus: int = Field(default=4, ge=1)
+    """CPUs of the head's pod, where the driver runs and no worker."""
+    head_memory_gib: float = Field(default=16.0, gt=0)
+    """Memory of the head's pod."""
+    node_selector: dict[str, str] = {}
+    """Labels of the nodes for pods with GPUs; all pods where the run has none."""
+    scheduler: Literal["none", "kueue", "volcano"] = "none"
+    """What admits the run as a whole; Kueue admits no run whose rollouts the autoscaler changes."""
+    queue: str | None = None
+    """Queue of that scheduler."""
+    max_retries: int = Field(default=10, ge=0)
+    """Times that KubeRay makes the whole cluster again; the run goes on from its checkpoint."""
+    idle_timeout_s: int = Field(default=120, ge=1)
+    """A rollout pod without a worker is taken away after this time."""
+    grace_s: int = Field(default=300, ge=30)
+    """Time that a pod of the driver gets to save when it is evicted; a step and a checkpoint must take less."""
+    redis: str | None = None
+    """host:port of a Redis that keeps the state of Ray's head (password: key REDIS_PASSWORD of Secret raylhf-redis)."""
+    egress_ports: tuple[int, ...] = (443, 6443)
+    """TCP ports outside of the run that pods may call: model hub and W&B, the API server, remote rewards."""
+
+
 class LaunchConfig(Settings):
+    doctor: bool = True
+    """The job runs `raylhf doctor` before it trains, and ends where that fails."""
     slurm: SlurmConfig = SlurmConfig()
     """`raylhf launch slurm`."""
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    """`raylhf launch k8s`."""

@@ -4,25 +4,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from raylhf.config.run import AnyRunConfig, RunConfig
 from raylhf.driver.folder import run_folder
+from raylhf.launch.command import Command
 
 SCRIPTS = Path(__file__).parent
 NODE_SCRIPTS = ("ray_node.sh", "ray_head.sh", "ray_worker.sh")
 BEGIN, END = "# >>> settings\n", "# <<< settings\n"
 SUBMIT_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Command:
-    """What the job runs, as it was given to `raylhf launch`."""
-
-    config: str
-    overrides: Sequence[str]
 
 
 @dataclass(frozen=True)
