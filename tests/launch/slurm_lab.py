@@ -27,7 +27,7 @@ SelectTypeParameters=CR_CPU_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2
 ReturnToService=2
-SlurmdTimeout=15
+SlurmdTimeout=10
 KillWait=5
 JobRequeue=1
 StateSaveLocation={folder}/state
@@ -101,7 +101,7 @@ class SlurmLab:
         for name in (CONTROL, *self.nodes):
             subprocess.run(["ip", "netns", "del", self._namespace(name)], capture_output=True, check=False)
 
-    def run(self, command: Sequence[str], **options: object) -> str:
+    def run(self, command: Sequence[str]) -> str:
         """Run a command in the controller's network; returns what it printed."""
         done = subprocess.run(
             ["nsenter", f"--net=/run/netns/{self._namespace(CONTROL)}", *command],
