@@ -114,6 +114,8 @@ class WorkerPool:
         self._may_join = may_join
         self._launches: Counter[int] = Counter()
         self._looked_at = time.monotonic()
+        self.num_restarts = 0
+        """Processes that took the place of lost ones so far."""
         self.members: dict[int, Member] = {number: self._launch(number) for number in range(size)}
 
     # --- who is there -----------------------------------------------------------------------------------------------
@@ -215,6 +217,7 @@ class WorkerPool:
             )
         member.pulse.apply(Event.RELAUNCHED)
         new = self._launch(number)
+        self.num_restarts += 1
         new.num_losses = member.num_losses + 1
         self.members[number] = new
 

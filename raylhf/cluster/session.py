@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,16 +28,23 @@ _BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 @contextmanager
-def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[None]:
+def ray_session(config: ClusterConfig, *, env: Mapping[str, str], prometheus_port: int | None = None) -> Iterator[None]:
     """Join the cluster at `config.address`, or start Ray on this machine alone and stop it at the end.
 
     A Ray that raylhf starts has no dashboard and asks every caller for a token made for this run alone; its own ports
-    are open to the network, as Ray has no setting for that.
+    are open to the network, as Ray has no setting for that. At `prometheus_port` (None: any free one) it answers
+    whoever asks for metrics, as Prometheus does; a cluster that is joined has ports of its own.
+
+    Raises:
+        ValueError: something else listens at `prometheus_port`.
+        WorkerError: Ray does not start, or does not answer at `config.address`.
     """
     variables = dict(env)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     with private_folder() as private:
         if config.address is None:
+            if prometheus_port is not None:
+                _require_free(prometheus_port)
             variables[PRIVATE_FOLDER_VARIABLE] = str(private)
             _use_private_token(private)
             _init_ray(
@@ -45,6 +53,7 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
                 num_gpus=config.gpus_per_node,
                 object_store_memory=int(config.object_store_gib * 2**30),
                 include_dashboard=False,
+                _metrics_export_port=prometheus_port,  # Ray has no public name for it in `ray.init`
                 **common,
             )
         else:
@@ -53,6 +62,19 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str]) -> Iterator[No
             yield
         finally:
             ray.shutdown()
+
+
+def _require_free(port: int) -> None:
+    """ValueError where the port is taken: Ray would not say so, but fail to start."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"tracking.prometheus_port: {port} cannot be listened at ({error.strerror}); another run may have it: "
+                "choose another one, or leave it null"
+            ) from error
 
 
 def _init_ray(**settings: Any) -> None:

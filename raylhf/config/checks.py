@@ -101,6 +101,17 @@ def check_devices(config: AnyRunConfig) -> Iterator[Problem]:
             )
 
 
+def check_tracking(config: AnyRunConfig) -> Iterator[Problem]:
+    """A port for metrics that nobody would listen at."""
+    port = config.tracking.prometheus_port
+    if port is not None and config.cluster.address is not None:
+        yield problem_at(
+            "tracking.prometheus_port",
+            f"is {port}, but cluster.address joins a Ray whose nodes export metrics at ports of their own "
+            "(ray start --metrics-export-port); leave it null",
+        )
+
+
 def _check_engine_gpus(config: RunConfig) -> Iterator[Problem]:
     rollout, gpus_per_node = config.rollout, config.cluster.gpus_per_node
     tp, num_gpus = rollout.tensor_parallel_size, rollout.num_gpus
@@ -279,4 +290,5 @@ CHECKS = (
     _check_batch,
     _check_evaluation,
     check_placement,
+    check_tracking,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from raylhf.config.algorithms import LOSSES, Need
-from raylhf.config.checks import check_devices, check_placement
+from raylhf.config.checks import check_devices, check_placement, check_tracking
 from raylhf.config.judgement_checks import check_judgements
 from raylhf.config.preference import PreferenceConfig, SFTConfig
 from raylhf.config.preference_checks import check_needs, check_reference, listed
@@ -18,7 +18,7 @@ USUAL_DATA = ("pairs", "rankings", "scores")
 
 def find_preference_problems(config: PreferenceRunConfig) -> list[Problem]:
     """Every problem, in the order of the sections."""
-    checks = (check_devices, _check_offline, check_judgements, check_placement)
+    checks = (check_devices, _check_offline, check_judgements, check_placement, check_tracking)
     return [problem for check in checks for problem in check(config)]
 
 

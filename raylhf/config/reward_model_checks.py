@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from raylhf.config.checks import check_devices, check_placement
+from raylhf.config.checks import check_devices, check_placement, check_tracking
 from raylhf.config.judgement_checks import check_judgements
 from raylhf.config.problems import Problem, problem_at
 from raylhf.config.reward_model import BradleyTerryLoss, EnsembleHead, MSELoss, MultiValueHead, TokenAggregateLoss
@@ -32,7 +32,7 @@ DATA = {
 
 def find_reward_model_problems(config: RewardModelRunConfig) -> list[Problem]:
     """Every problem, in the order of the sections."""
-    checks = (check_devices, _check_objective, _check_head, check_judgements, check_placement)
+    checks = (check_devices, _check_objective, _check_head, check_judgements, check_placement, check_tracking)
     return [problem for check in checks for problem in check(config)]
 
 

@@ -20,3 +20,5 @@ class TrackingConfig(Settings):
     """Live panel with a progress bar on a terminal, or one plain line a step; auto looks at stdout."""
     samples_per_step: int = Field(default=4, ge=0)
     """Responses a step that go to `samples.jsonl` and the W&B table."""
+    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port, on every interface, at which a Ray that raylhf starts itself exports metrics; null means any free one."""

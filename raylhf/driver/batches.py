@@ -1,7 +1,7 @@
 """The batches of prompts on their way: that of the step under way and, in asynchronous mode, those after it."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -82,6 +82,10 @@ class BatchQueue:
     def ahead(self) -> list[Collection]:
         """The batches after the first."""
         return [batch.collection for batch in list(self._batches)[1:]]
+
+    def stages(self) -> Counter[str]:
+        """How many prompts stand in each of `collect.STAGES`; those being learnt from are scored."""
+        return Counter(stage for batch in list(self._batches) for stage in batch.collection.stages)
 
     def advance(self) -> None:
         """One round over the batches after the first, without waiting, while the learners learn from that one."""

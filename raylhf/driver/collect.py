@@ -28,6 +28,8 @@ FETCH_ROUNDS = 3
 WAVES = 2
 """Prompts that a rollout worker has at once, in multiples of what its engine decodes together: the next ones wait there
 while these are decoded. The others wait in the driver, for whoever is free first."""
+STAGES = ("waiting", "sampling", "scoring", "scored")
+"""Of a prompt on its way."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class _Task:
     earlier: dict[str, Any] | None = None
     """Reward summary of an earlier attempt."""
     done: ScoredGroup | None = None
+
+    @property
+    def stage(self) -> str:
+        """One of STAGES."""
+        return STAGES[3 if self.done else 2 if self.sampled else 1 if self.sampler else 0]
 
     def forget_sample(self) -> None:
         """It is to be sampled (again), and scored."""
@@ -116,6 +123,11 @@ class Collection:
     def is_done(self) -> bool:
         """Whether every place is sampled and scored."""
         return all(task.done is not None for task in self._tasks)
+
+    @property
+    def stages(self) -> list[str]:
+        """Where each place stands."""
+        return [task.stage for task in self._tasks]
 
     def run(self, lost: Sequence[int] = (), *, ahead: Sequence["Collection"] = ()) -> list[ScoredGroup]:
         """The groups in the prompts' order. A later call samples those again whose places are `lost`.

@@ -10,6 +10,7 @@ from raylhf.cluster.session import await_nodes, ray_session, run_on_cluster
 from raylhf.config.preference import loss_of
 from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
 from raylhf.driver.checkpoints import commit_checkpoint, require_files, writing_checkpoint
+from raylhf.driver.exports import exporting
 from raylhf.driver.fingerprint import fixed_settings
 from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
 from raylhf.driver.report import print_offline_report
@@ -50,7 +51,8 @@ class OfflineJob:
         """Start Ray and the learners, train, export; returns how the training ended."""
         config, tracker = self._config, context.tracker
         timeout_s = config.cluster.step_timeout_s
-        with ray_session(config.cluster, env=ENVIRONMENT):
+        port = config.tracking.prometheus_port
+        with ray_session(config.cluster, env=ENVIRONMENT, prometheus_port=port), exporting(config.name, tracker):
             tracker.set_phase("waiting for the nodes")
             await_nodes(config.cluster, should_stop=context.should_stop)
             tracker.set_phase("preparing the model")

@@ -8,6 +8,7 @@ from raylhf.cluster.session import await_nodes, ray_session, run_on_cluster
 from raylhf.config import RunConfig
 from raylhf.driver.batches import BatchQueue
 from raylhf.driver.crash import LOG_FOLDER, CrashReporter, Moment
+from raylhf.driver.exports import exporting, live_values
 from raylhf.driver.fingerprint import fixed_settings, prompts_digest
 from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
 from raylhf.driver.ledger import Ledger
@@ -33,7 +34,11 @@ class PolicyJob:
         """Start Ray and the workers, train, export; returns how the training ended."""
         config, timeout_s = self._config, self._config.cluster.start_timeout_s
         run = self._run = Run(config=config, **vars(context))
-        with ray_session(config.cluster, env=ENVIRONMENT):
+        port = config.tracking.prometheus_port
+        with (
+            ray_session(config.cluster, env=ENVIRONMENT, prometheus_port=port),
+            exporting(config.name, context.tracker) as gauges,
+        ):
             context.tracker.set_phase("waiting for the nodes")
             await_nodes(config.cluster, should_stop=context.should_stop)
             context.tracker.set_phase("preparing the model")
@@ -65,6 +70,7 @@ class PolicyJob:
                 on_loss=run.crashes.worker_lost,
             ) as run.workers:
                 run.batches = BatchQueue(run.workers, run.order, run.ledger, context.should_stop)
+                gauges.look = lambda: live_values(run.workers, run.batches)
                 run.beginning = state_of(run)
                 if checkpoint is not None:
                     context.tracker.set_phase(f"resuming from {checkpoint[0].name}")

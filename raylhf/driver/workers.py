@@ -80,6 +80,8 @@ class Workers:
             **limits,
         )
         self.learner = self._launch_learners()
+        self.num_learner_restarts = 0
+        """How often all ranks were started anew."""
         self.statistics = RewardStatistics(config, self.reward, should_stop)
         self.sync = WeightSync(config, self.rollout, self.learner)
 
@@ -133,6 +135,7 @@ class Workers:
     def restart_learners(self) -> None:
         """End all ranks and start new ones, which hold the model folder's weights until they load a checkpoint."""
         self.learner.kill()
+        self.num_learner_restarts += 1
         self.learner = self._launch_learners()
         self.sync = WeightSync(self.config, self.rollout, self.learner)
         starts = _start_learners(self.config, self.learner, self._should_stop)

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
@@ -35,6 +35,8 @@ class Tracker:
         self._is_finished = False
         self.phase = "start"
         """What the run is doing."""
+        self.listener: Callable[[int, Mapping[str, float]], None] | None = None
+        """Is told of what `log` was given: step and numbers."""
         self._wandb = None
         if config.tracking.wandb != "disabled":
             from raylhf.tracking.wandb_run import WandbRun
@@ -59,6 +61,8 @@ class Tracker:
             values["tracking/wandb_errors"] = float(self._wandb.num_errors)
         self._write(step, values)
         self._console.show_step(step, values)
+        if self.listener is not None:
+            self.listener(step, values)
 
     def log_histogram(self, step: int, key: str, values: Sequence[float] | np.ndarray) -> None:
         """Log a distribution: a histogram in W&B, its quantiles in `metrics.jsonl`. What is not finite is left out."""

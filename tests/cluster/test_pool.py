@@ -112,6 +112,7 @@ def test_a_lost_worker_is_replaced_under_its_number_and_serves_when_refreshed(st
     assert pool.poll() == [0]
     assert processes.actors[0].is_killed and pool.members[0].health is Health.RESTARTING
     assert (pool.ticket(0), before) == (Ticket(0, 2), Ticket(0, 1))
+    assert pool.num_restarts == 1
     loss = processes.losses[0]
     assert (loss.name, loss.reason, loss.is_extra) == ("rollout 0", "gone", False)
     pool.lose_if_current(before, "late news of the one before")

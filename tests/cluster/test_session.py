@@ -1,5 +1,7 @@
 """Starting Ray, with a stand-in for `ray.init`: the tests in tests/e2e start the real one."""
 
+import socket
+
 import pytest
 
 from raylhf.cluster import session
@@ -50,6 +52,22 @@ def test_an_address_where_no_ray_is_is_told_in_a_sentence(ray_that):
     config = ClusterConfig(address="10.0.0.1:6379")
     with pytest.raises(WorkerError, match="no Ray answers there"), ray_session(config, env={}):
         pass
+
+
+def test_a_port_for_metrics_that_is_taken_is_told_of_before_ray_fails_at_it(ray_that):
+    starts = ray_that(None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ValueError, match=f"tracking.prometheus_port: {port} cannot be listened at"),
+            ray_session(ClusterConfig(), env={}, prometheus_port=port),
+        ):
+            pass
+    with ray_session(ClusterConfig(), env={}, prometheus_port=port):
+        pass
+    assert [start["_metrics_export_port"] for start in starts] == [port]
 
 
 def test_other_errors_are_not_retried(ray_that):

@@ -43,6 +43,10 @@ def test_the_legal_estimators_are_k1_in_the_reward_and_k2_in_the_loss(build):
 
 
 REFUSED = [
+    (
+        {"tracking.prometheus_port": 9100, "cluster.address": "auto"},
+        "tracking.prometheus_port: is 9100, but cluster.address joins a Ray",
+    ),
     ({"rollout.sampling.top_p": 0.9}, "rollout.sampling.top_p: is 0.9, but the objective needs"),
     ({"rollout.sampling.top_k": 50}, "rollout.sampling.top_k: is 50"),
     ({"rollout.max_model_len": 600}, "rollout.max_model_len: is 600, less than"),
