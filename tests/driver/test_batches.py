@@ -58,6 +58,27 @@ def test_without_staleness_a_batch_is_drawn_when_its_step_begins(queue):
         assert batches.position()["position"] == (step + 1) * SIZE
 
 
+def test_prompts_are_counted_by_the_stage_that_they_are_at(queue):
+    def sample(number, launch, argument, kwargs):  # the second batch comes in part: its third prompt is never sampled
+        return (Call(None), Call(None)) if argument.index == 6 else well(number, launch, argument, kwargs)
+
+    def score(number, launch, rollouts, kwargs):  # and no score of its own ever comes
+        return (
+            scored(number, launch, rollouts, kwargs) if len(workers.reward.calls) <= SIZE else (Call(None), Call(None))
+        )
+
+    batches, workers, _ = queue(1, sample=sample, score=score)
+    assert batches.stages() == {}
+    batch = batches.open(0)
+    assert batches.stages() == {"waiting": 2 * SIZE}
+    batch.collection.run(ahead=batches.ahead())
+    batches.advance()
+    assert batches.stages() == {"scored": SIZE, "sampling": 1, "scoring": SIZE - 1}
+    batches.note_finished()
+    batches.close(batch)
+    assert batches.stages() == {"sampling": 1, "scoring": SIZE - 1}
+
+
 @pytest.mark.parametrize("max_staleness", [1, 3])
 def test_no_more_is_given_out_than_the_bound_admits(queue, max_staleness):
     batches, workers, issued = queue(max_staleness)
