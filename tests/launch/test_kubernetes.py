@@ -275,3 +275,12 @@ def test_the_container_file_is_clean() -> None:
     assert done.returncode == 0, done.stdout
     text = file.read_text()
     assert text.count("USER 10001:10001") == text.count("FROM ") == 2
+
+
+def test_the_operator_for_prometheus_gets_the_alerts_that_are_tested() -> None:
+    folder = ROOT / "k8s" / "monitoring"
+    documents = {document["kind"]: document for document in built("gpu")}
+    assert documents["PrometheusRule"]["spec"] == yaml.safe_load((folder / "alert_rules.yaml").read_text())
+    assert documents["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
+    boards = [d for d in built("gpu") if d["metadata"]["name"] == "raylhf-dashboard"]
+    assert boards[0]["data"]["grafana_dashboard.json"] == (folder / "grafana_dashboard.json").read_text()
