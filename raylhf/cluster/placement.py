@@ -1,7 +1,8 @@
 """Where the workers of a role go: one placement group for those that stay, one for each that may leave."""
 
+import itertools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -13,79 +14,82 @@ from raylhf.config.placement import Role, largest_first
 
 SLICE_S = 1
 """Of a wait that may be asked to stop; Ray counts whole seconds."""
-JOIN_WAIT_S = 10
-"""What is free is reserved within less; a worker that joins does not wait for what others have."""
+FREE_WAIT_S = 10
+"""What is free is reserved within less; workers that a run can start without do not hold it up for longer."""
 
 
 class RolePlacement:
-    """Reserves what a role's workers need, all of it or nothing, so that no half of a role waits for the other.
+    """Reserves what a role's workers need: for those that stay all of it or nothing, so that no half waits for the
+    other; for those that may leave one by one.
 
-    A worker that takes another's place takes its bundle too; Ray moves the bundle when its node is gone.
+    A worker that takes another's place takes its bundle too; Ray moves the bundle when its node is gone. What has no
+    room stays asked for: an autoscaler sees it, and brings a node.
     """
 
     def __init__(self, role: Role) -> None:
         """Ask for all that the role has from the start, without waiting."""
         self._role = role
         self._bundle = role.bundle
-        self._together = role.replicas - role.num_apart
-        self._groups: dict[int, tuple[PlacementGroup, int]] = {}
-        if self._bundle:
-            group = self._reserve(self._together)
-            self._groups = {number: (group, number) for number in range(self._together)}
-            for number in range(self._together, role.replicas):
-                self._groups[number] = (self._reserve(1), 0)
+        self._staying: PlacementGroup | None = self._reserve(role.num_staying) if self._bundle else None
+        self._apart: dict[int, PlacementGroup] = {}
+        for number in range(role.num_staying, role.replicas):
+            self.take(number)
 
     def wait(self, deadline: float, should_stop: Callable[[], bool]) -> None:
-        """Until everything is reserved; `deadline` is a time of `time.monotonic`.
+        """Until those that stay have their place, and those that may leave as far as there is room now.
+
+        `deadline` is a time of `time.monotonic`.
 
         Raises:
-            WorkerError: it is not by then; the sentence says what is asked for and what the nodes have.
+            WorkerError: they have not by then; the sentence says what is asked for and what the nodes have.
             StopRequestedError: `should_stop` became true meanwhile.
         """
         role = self._role
-        for group in self._unique_groups():
-            while not group.wait(SLICE_S):
-                if should_stop():
-                    raise StopRequestedError(f"reserving room for {role.name}")
-                if time.monotonic() > deadline:
-                    raise WorkerError(
-                        f"{role.replicas} x {role.describe()} could not be reserved within cluster.start_timeout_s, "
-                        f"with placement {role.placement}; the nodes have: {describe_nodes()}; something else may hold "
-                        "a part of it (ray status)"
-                    )
+        while self._staying is not None and not self._staying.wait(SLICE_S):
+            if should_stop():
+                raise StopRequestedError(f"reserving room for {role.name}")
+            if time.monotonic() > deadline:
+                raise WorkerError(
+                    f"{role.num_staying} x {role.describe()} could not be reserved within cluster.start_timeout_s, "
+                    f"with placement {role.placement}; the nodes have: {describe_nodes()}; something else may hold "
+                    "a part of it (ray status)"
+                )
+        deadline = time.monotonic() + FREE_WAIT_S
+        while self.num_ready() < role.replicas and time.monotonic() < deadline and not should_stop():
+            self._apart[self.num_ready()].wait(SLICE_S)
+
+    def num_ready(self) -> int:
+        """Of the workers from the start, counted from the first, those that have their place."""
+        return sum(1 for _ in itertools.takewhile(self.take, range(self._role.replicas)))
 
     def take(self, number: int) -> bool:
-        """Whether worker `number` has its reservation; one that comes later is given it here, if there is room now."""
-        if not self._bundle or number in self._groups:
+        """Whether worker `number` has its place by now. It stays asked for from now on, until it is given back."""
+        if not self._bundle or number < self._role.num_staying:
             return True
-        group = self._reserve(1)
-        if not group.wait(JOIN_WAIT_S):
+        if number not in self._apart:
+            self._apart[number] = self._reserve(1)
+        return self._apart[number].wait(0)
+
+    def give_back(self, number: int) -> None:
+        """Free what worker `number` has or is asked for, unless its place is one of those that stay."""
+        if (group := self._apart.pop(number, None)) is not None:
             remove_placement_group(group)
-            return False
-        self._groups[number] = (group, 0)
-        return True
 
     def options(self, number: int) -> dict[str, Any]:
         """Ray's options for worker `number`."""
-        if not self._bundle:
+        if self._staying is None:
             return {}
-        group, index = self._groups[number]
+        apart = self._apart.get(number)
+        group, index = (self._staying, number) if apart is None else (apart, 0)
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
-
-    def keep(self, numbers: Collection[int]) -> None:
-        """Free what workers had that may leave, and are not among `numbers`."""
-        for number in [n for n in self._groups if n >= self._together and n not in numbers]:
-            group, _ = self._groups.pop(number)
-            remove_placement_group(group)
 
     def remove(self) -> None:
         """Free everything."""
-        for group in self._unique_groups():
-            remove_placement_group(group)
-        self._groups = {}
-
-    def _unique_groups(self) -> list[PlacementGroup]:
-        return list({id(group): group for group, _ in self._groups.values()}.values())
+        for number in list(self._apart):
+            self.give_back(number)
+        if self._staying is not None:
+            remove_placement_group(self._staying)
+            self._staying = None
 
     def _reserve(self, count: int) -> PlacementGroup:
         return placement_group([dict(self._bundle)] * count, strategy=self._role.placement)
@@ -98,7 +102,7 @@ def reserve(roles: Sequence[Role], *, timeout_s: float, should_stop: Callable[[]
     that have room for a large one.
 
     Raises:
-        WorkerError: it is not all reserved within the deadline.
+        WorkerError: what the run cannot start without is not all reserved within the deadline.
         StopRequestedError: `should_stop` became true meanwhile.
     """
     deadline = time.monotonic() + timeout_s

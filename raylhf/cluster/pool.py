@@ -25,6 +25,8 @@ from raylhf.cluster.health import UP, Event, Health, Pulse
 
 SUSPECT_SHARE = 0.5
 """Of the time after which a silent worker counts as hung."""
+ROOM_LOOK_S = 0.2
+"""Between two looks whether there is room for those that are to join."""
 ASK_SHARE = 0.1
 """Of the same time: how often a worker is asked whether it is there."""
 _REAP_TIMEOUT_S = 30.0
@@ -100,10 +102,12 @@ class WorkerPool:
         start_timeout_s: float,
         max_losses: int,
         on_loss: Callable[[Loss], None],
-        may_join: Callable[[int], bool] = lambda number: True,
+        join: Callable[[int], bool] = lambda number: True,
+        leave: Callable[[int], None] = lambda number: None,
     ) -> None:
         """`arguments(number)` are those of the plain worker's constructor; `max_losses` of one worker without progress
-        of the run in between are one too many; `may_join(number)` says whether there is room for a further one."""
+        of the run in between are one too many. `join(number)` asks for room for a further one and says whether it is
+        there by now; `leave(number)` frees it, or ends the asking."""
         self.role = launcher.role
         self._launcher = launcher
         self._arguments = arguments
@@ -111,14 +115,23 @@ class WorkerPool:
         self._start_timeout_s = start_timeout_s
         self._max_losses = max_losses
         self._on_loss = on_loss
-        self._may_join = may_join
+        self._join = join
+        self._leave = leave
         self._launches: Counter[int] = Counter()
         self._looked_at = time.monotonic()
+        self._looked_for_room_at = self._looked_at
         self.num_restarts = 0
         """Processes that took the place of lost ones so far."""
         self.members: dict[int, Member] = {number: self._launch(number) for number in range(size)}
+        self.awaited: set[int] = set()
+        """Numbers of those that join as soon as there is room."""
 
     # --- who is there -----------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Workers that are there, or are awaited."""
+        return len(self.members) + len(self.awaited)
 
     def serving(self) -> list[int]:
         """Numbers of the workers that may be given work."""
@@ -131,10 +144,6 @@ class WorkerPool:
     def newcomers(self) -> list[int]:
         """Of those that are up, the numbers of the workers whose process has not served yet."""
         return [number for number in self.up() if not self.members[number].has_served]
-
-    def free_number(self) -> int:
-        """The number of the next worker that joins."""
-        return next(number for number in itertools.count() if number not in self.members)
 
     def name(self, number: int) -> str:
         return f"{self.role} {number}"
@@ -166,6 +175,8 @@ class WorkerPool:
     def poll(self) -> list[int]:
         """Take in what is new, without waiting; returns the workers that were lost since (and are replaced already).
 
+        Those that are awaited are launched where there is room for them by now.
+
         Raises:
             WorkerError: a worker is lost again and again.
             ValueError: one of the first processes says that its settings cannot be served; later ones are lost.
@@ -179,6 +190,8 @@ class WorkerPool:
             if reason := self._look_at(number, now):
                 self.lose(number, reason)
                 lost.append(number)
+        if self.awaited and now - self._looked_for_room_at > ROOM_LOOK_S:
+            self._let_in()
         return lost
 
     def refreshed(self, number: int) -> None:
@@ -209,6 +222,7 @@ class WorkerPool:
         self._on_loss(Loss(self.name(number), number, reason, log_file, member.identity, member.is_extra))
         if member.is_extra:
             del self.members[number]
+            self._leave(number)
             return
         if member.num_losses >= self._max_losses:
             raise WorkerError(
@@ -227,22 +241,34 @@ class WorkerPool:
             member.num_losses = 0
 
     def resize(self, size: int) -> None:
-        """Launch further workers, as far as there is room, or end some, whose calls then end as those of the dead.
+        """Let further workers join as soon as there is room, or end some, whose calls then end as those of the dead.
 
-        Those that do not serve leave first, then those with the highest numbers. A further worker that does not come
-        up is given up, instead of being launched again and again: the others do without it, as before.
+        Those that are awaited leave first, then those that do not serve, then those with the highest numbers. A further
+        worker that does not come up is given up, instead of being launched again and again: the others do without it.
         """
         leaving = sorted(self.members, key=lambda n: (self.members[n].health is Health.HEALTHY, -n))
         for number in leaving[: max(len(self.members) - size, 0)]:
             self._end(self.members.pop(number))
-        while len(self.members) < size and self._may_join(number := self.free_number()):
-            self.members[number] = self._launch(number)
-            self.members[number].is_extra = True
+            self._leave(number)
+        free = (number for number in itertools.count() if number not in self.members)
+        wanted = set(itertools.islice(free, max(size - len(self.members), 0)))
+        for number in self.awaited - wanted:
+            self._leave(number)
+        self.awaited = wanted
+        self._let_in()
 
     def kill(self) -> None:
         """End all processes at once, and those below them."""
         for member in self.members.values():
             self._end(member)
+
+    def _let_in(self) -> None:
+        """Launch those of the awaited for whom there is room."""
+        self._looked_for_room_at = time.monotonic()
+        for number in sorted(filter(self._join, self.awaited)):
+            self.awaited.remove(number)
+            self.members[number] = self._launch(number)
+            self.members[number].is_extra = True
 
     def _end(self, member: Member) -> None:
         kill(member.actor)

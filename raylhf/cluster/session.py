@@ -154,7 +154,7 @@ def await_nodes(config: ClusterConfig, *, should_stop: Callable[[], bool]) -> No
 
 
 def preflight(roles: Sequence[Role]) -> None:
-    """Compare the request with the nodes that are there, before anything starts.
+    """Compare what the run cannot start without with the nodes that are there, before anything starts.
 
     Raises:
         ValueError: a role cannot be placed; the sentence names it and what each node has.
@@ -165,10 +165,10 @@ def preflight(roles: Sequence[Role]) -> None:
         _require_nodes(role, [_num_workers_on(node, role) for node in nodes], described)
     for resource in dict.fromkeys(name for role in roles for name in role.bundle):
         parts = [(role, role.bundle[resource]) for role in roles if resource in role.bundle]
-        wanted = sum(role.replicas * amount for role, amount in parts)
+        wanted = sum(role.num_staying * amount for role, amount in parts)
         there = sum(n.get(resource, 0) for n in nodes)
         if wanted > there + EPSILON:
-            terms = ", ".join(f"{role.name} {role.replicas} x {amount:g}" for role, amount in parts)
+            terms = ", ".join(f"{role.name} {role.num_staying} x {amount:g}" for role, amount in parts)
             raise ValueError(
                 f"the run needs {wanted:g} {resource} ({terms}) but the cluster has {there:g} ({described}). Use fewer "
                 "replicas or ranks, or a larger cluster."
@@ -177,7 +177,7 @@ def preflight(roles: Sequence[Role]) -> None:
 
 def _require_nodes(role: Role, counts: Sequence[int], described: str) -> None:
     """ValueError unless nodes that could hold `counts` workers of the role suffice for it and its placement."""
-    count, most, which = role.replicas, max(counts, default=0), f"placement {role.placement} of {role.name}"
+    count, most, which = role.num_staying, max(counts, default=0), f"placement {role.placement} of {role.name}"
     less = f"num_cpus, num_gpus or resources of {role.name}"
     if most == 0:
         raise ValueError(

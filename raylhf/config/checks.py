@@ -197,10 +197,10 @@ def check_placement(config: AnyRunConfig) -> Iterator[Problem]:
             )
     is_short = False
     for name, each in (("cpus", cpus_each), ("gpus", cluster.gpus_per_node)):
-        wanted = sum(role.replicas * getattr(role, f"num_{name}") for role in roles)
+        wanted = sum(role.num_staying * getattr(role, f"num_{name}") for role in roles)
         if wanted > cluster.num_nodes * each + EPSILON:
             is_short = True
-            terms = " + ".join(f"{role.name} {role.replicas} x {getattr(role, f'num_{name}'):g}" for role in roles)
+            terms = " + ".join(f"{role.name} {role.num_staying} x {getattr(role, f'num_{name}'):g}" for role in roles)
             yield problem_at(
                 f"cluster.{name}_per_node",
                 f"the roles ask for {wanted:g} {name.upper()[:-1]}s ({terms}), the cluster has {cluster.num_nodes} x "

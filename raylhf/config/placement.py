@@ -36,6 +36,11 @@ class Role:
     """Of the workers, those that may leave: each has a reservation of its own, which is freed then."""
 
     @property
+    def num_staying(self) -> int:
+        """Workers that the run cannot start without."""
+        return self.replicas - self.num_apart
+
+    @property
     def bundle(self) -> dict[str, float]:
         """What one worker reserves, in Ray's names; empty if that is nothing."""
         needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
@@ -96,8 +101,9 @@ def roles_of(config: AnyRunConfig) -> tuple[Role, ...]:
     learner = _role("learner", config.learner.num_ranks, config.learner)
     if not isinstance(config, RunConfig):
         return (learner,)
+    rollout = _role("rollout", config.rollout.replicas, config.rollout)
     return (
-        _role("rollout", config.rollout.replicas, config.rollout),
+        replace(rollout, num_apart=rollout.replicas - config.rollout.least_replicas),
         _role("reward", config.reward.replicas, config.reward),
         learner,
     )
@@ -137,12 +143,12 @@ def _role(name: str, replicas: int, settings: RolloutConfig | RewardPlaneConfig 
 
 
 def place(roles: Iterable[Role], *, num_nodes: int, cpus_per_node: float, gpus_per_node: int) -> Placement:
-    """First fit, the largest first."""
+    """First fit, the largest first; those that the run can start without come where room is left, or later."""
     nodes = tuple(Node(cpus_per_node, [1.0] * gpus_per_node) for _ in range(num_nodes))
     unplaced = []
     for role in largest_first(roles):
-        missing = sum(not any(node.place(role) for node in nodes) for _ in range(role.replicas))
-        if missing:
+        missing = sum(not any(node.place(role) for node in nodes) for _ in range(role.replicas)) - role.num_apart
+        if missing > 0:
             unplaced.append(Role(role.name, missing, role.num_cpus, role.num_gpus))
     return Placement(nodes, tuple(unplaced))
 

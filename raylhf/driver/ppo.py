@@ -223,9 +223,7 @@ def train_step(run: Run) -> float:
         log_step(run, groups, metrics | {"data/epoch": batch.epochs})
     run.workers.progressed()
     run.batches.raise_problem()
-    run.workers.scaling.after_step(
-        rollout_s=metrics["time/rollout_s"], learn_s=metrics["time/learn_s"], has_room=run.workers.has_room
-    )
+    run.workers.scaling.after_step(rollout_s=metrics["time/rollout_s"], learn_s=metrics["time/learn_s"])
     run.sampling = ()
     return metrics["policy/kl_to_ref"]
 

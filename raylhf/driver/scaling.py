@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ FILE = "scale.json"
 PATIENCE = 3
 """Steps in a row that must suggest a change before it is made: starting an engine takes longer than most steps."""
 REST = 20
-"""Steps without a change, after the cluster had no room for a worker or one that was to join did not come up."""
+"""Steps without a change, after a worker that was to join did not come up."""
 ADD_ABOVE = 1.25
 """Ratio of the times of rollout and learner above which one worker more is worth its start."""
 REMOVE_BELOW = 0.8
@@ -76,10 +75,16 @@ class RolloutScaling:
         self._stamp: Any = None
         self._pool: WorkerPool | None = None
         """The workers, if all of them served when the step under way began."""
+        self._num_members = 0
+        """Workers when the step under way began."""
+        self._asked = 0
+        """Workers that the pool was last asked for."""
+        self._num_awaited = 0
+        """Workers of which it was last told that they wait for room."""
         self.size = rollout.replicas
         """Workers from now on."""
         self._read_request()
-        self.start_size = self._num_members = min(self.size, rollout.replicas)
+        self.start_size = min(self.size, rollout.replicas)
         if self.size != rollout.replicas:
             LOGGER.warning(
                 "%s asks for %d rollout workers instead of rollout.replicas=%d; remove it to have those again",
@@ -91,28 +96,37 @@ class RolloutScaling:
     def follow(self, pool: "WorkerPool") -> None:
         """Let workers join or leave, as asked for; to be called between two steps."""
         is_new = self._read_request()
-        if len(pool.members) < self._num_members and not is_new:  # one that was to join did not come up
-            self._settle_for(len(pool.members))
-        if len(pool.members) != self.size:
-            LOGGER.warning("rollout workers: %d -> %d", len(pool.members), self.size)
+        if pool.size < self._asked and not is_new:  # one that was to join did not come up
+            self._settle_for(pool.size)
+        self._tell_of_awaited(len(pool.awaited))
+        if pool.size != self.size:
+            LOGGER.warning("rollout workers: %d -> %d", pool.size, self.size)
             pool.resize(self.size)
-        if len(pool.members) < self.size:
-            LOGGER.warning("the cluster has room for no more than %d rollout workers now", len(pool.members))
-            self._settle_for(len(pool.members))
+        self._asked = self.size
         self._num_members = len(pool.members)
         self._pool = pool if _all_serve(pool) else None
 
-    def after_step(self, *, rollout_s: float, learn_s: float, has_room: Callable[[], bool]) -> None:
+    def after_step(self, *, rollout_s: float, learn_s: float) -> None:
         """Follow the times of a step, where the settings give bounds, and where all workers served all the time: else
-        the times do not say what that many of them need."""
-        if self._policy is None or self._pool is None or not _all_serve(self._pool):
+        the times do not say what that many of them need.
+
+        One that is to join stays asked for until it is there, or fewer than those that are there would do.
+        """
+        pool, present = self._pool, self._num_members
+        if self._policy is None or pool is None or len(pool.members) != present or not _all_serve(pool):
             return
-        size = self._policy.next_size(self.size, rollout_s=rollout_s, learn_s=learn_s)
-        if size > self.size and not has_room():
-            LOGGER.warning("the rollout is slower than the learner, but the cluster has no room for another worker")
-            self._policy.rest()
-            return
-        self.size = size
+        size = self._policy.next_size(present, rollout_s=rollout_s, learn_s=learn_s)
+        if size != present:
+            self.size = size if size < present else max(self.size, size)
+
+    def _tell_of_awaited(self, count: int) -> None:
+        if count > self._num_awaited:
+            LOGGER.warning(
+                "%d of %d rollout workers wait for room: a node that an autoscaler brings, or what others free",
+                count,
+                self._asked,
+            )
+        self._num_awaited = count
 
     def _settle_for(self, size: int) -> None:
         """Go on with those that are there, until somebody asks again or the policy has rested."""

@@ -75,8 +75,9 @@ class Workers:
         self.rollout = WorkerPool(
             self._launcher("rollout", rollout_worker, config.rollout),
             lambda number: ((config, model_folder), {"replica": number}),
-            size=self.scaling.start_size,
-            may_join=self._places["rollout"].take,
+            size=min(self.scaling.start_size, self._places["rollout"].num_ready()),
+            join=self._places["rollout"].take,
+            leave=self._places["rollout"].give_back,
             **limits,
         )
         self.learner = self._launch_learners()
@@ -121,11 +122,6 @@ class Workers:
         Those that join start beside the others, and serve after the next weight sync that finds them up.
         """
         self.scaling.follow(self.rollout)
-        self._places["rollout"].keep(self.rollout.members)
-
-    def has_room(self) -> bool:
-        """Whether there is room for one more rollout worker now; it is kept for it until the next step begins."""
-        return self._places["rollout"].take(self.rollout.free_number())
 
     def progressed(self) -> None:
         """A step is finished: earlier losses are forgiven."""

@@ -26,7 +26,7 @@ COLOCATED_SETTINGS: dict[str, Any] = {
 
 
 class Groups:
-    """Ray's placement groups: `asked` and `freed` in order. The first `room` bundles are there; waits take no time."""
+    """Ray's placement groups: `asked` and `freed` in order. `room` bundles are free; waits take no time of ours."""
 
     def __init__(self):
         self.room = 100
@@ -36,16 +36,23 @@ class Groups:
         self.now = 0.0
 
     def ask(self, bundles, strategy):
-        number, fits = len(self.asked), len(bundles) <= self.room
-        self.room -= len(bundles) if fits else 0
+        group = SimpleNamespace(number=len(self.asked), size=0)
         self.asked.append((len(bundles), strategy))
 
-        def wait(seconds):
-            self.waits.append(number)
-            self.now += 0 if fits else seconds
-            return fits
+        def place():
+            if not group.size and len(bundles) <= self.room:
+                group.size = len(bundles)
+                self.room -= group.size
+            return bool(group.size)
 
-        return SimpleNamespace(number=number, wait=wait, size=len(bundles) if fits else 0)
+        def wait(seconds):
+            self.waits.append(group.number)
+            self.now += 0 if place() else seconds
+            return bool(group.size)
+
+        group.wait = wait
+        place()
+        return group
 
     def free(self, group):
         self.freed.append(group.number)
@@ -77,7 +84,8 @@ def test_those_that_stay_share_a_group_and_each_that_may_leave_has_its_own(group
 def test_who_leaves_frees_its_bundle_and_can_come_back(groups):
     place = RolePlacement(Role("rollout", 3, 1.0, 0.0, num_apart=2))
     groups.room = 0
-    place.keep([1])
+    place.give_back(0)
+    place.give_back(2)
     assert groups.freed == [2]  # 2 had a group of its own; that of 0 stays for it
     assert place.take(0) and place.take(1) and len(groups.asked) == 3
     assert place.take(2) and groups.asked[3:] == [(1, "PACK")]
@@ -85,13 +93,28 @@ def test_who_leaves_frees_its_bundle_and_can_come_back(groups):
     assert sorted(groups.freed) == [0, 1, 2, 3]
 
 
-def test_what_is_not_free_is_not_asked_for_any_longer(groups):
+def test_what_has_no_room_stays_asked_for_without_a_wait_until_a_node_comes(groups):
     place = RolePlacement(Role("rollout", 1, 1.0, 0.0))
     groups.room = 0
-    assert not place.take(1)
-    assert groups.freed == [1] and groups.now == module.JOIN_WAIT_S
-    with pytest.raises(KeyError):
-        place.options(1)
+    assert not place.take(1) and not place.take(1) and not place.take(2)
+    assert groups.asked == [(1, "PACK")] * 3 and groups.freed == [] and groups.now == 0
+    groups.room = 1
+    assert place.take(1) and not place.take(2)
+    assert place.options(1)["scheduling_strategy"].number == 1
+    place.give_back(2)
+    assert groups.freed == [2]
+    place.give_back(1)
+    assert place.take(2) and groups.asked[3:] == [(1, "PACK")]
+
+
+def test_a_run_starts_with_those_that_stay_and_the_rest_remains_asked_for(groups):
+    groups.room = 3
+    roles = (Role("rollout", 4, 1.0, 0.0, num_apart=2),)
+    place = reserve(roles, timeout_s=1000, should_stop=go_on)["rollout"]
+    assert place.num_ready() == 3 and groups.freed == []
+    assert module.FREE_WAIT_S <= groups.now <= module.FREE_WAIT_S + module.SLICE_S
+    groups.room = 1
+    assert place.take(3) and place.num_ready() == 4
 
 
 def test_a_role_that_reserves_nothing_goes_anywhere(groups):

@@ -39,6 +39,12 @@ class Processes:
         self.losses: list[Any] = []
         self.now = 1000.0
         self.room = 100
+        self.asked: list[int] = []
+        self.gone: list[int] = []
+
+    def join(self, number):
+        self.asked.append(number)
+        return number < self.room
 
     def launch(self, number, *_):
         self.actors.append(Actor(number))
@@ -76,7 +82,8 @@ def started(monkeypatch):
             start_timeout_s=START_S,
             max_losses=max_losses,
             on_loss=processes.losses.append,
-            may_join=lambda number: number < processes.room,
+            join=processes.join,
+            leave=processes.gone.append,
         )
         if serving:
             serve(pool, processes)
@@ -209,11 +216,42 @@ def test_a_number_that_comes_back_has_other_tickets_than_before(started):
     assert processes.losses == [] and pool.ticket(1) == Ticket(1, 2)
 
 
-def test_no_more_workers_join_than_there_is_room_for(started):
+def test_those_without_room_are_awaited_and_launched_in_the_midst_of_a_step_when_there_is_some(started):
     pool, processes = started(2)
     processes.room = 3
     pool.resize(5)
-    assert sorted(pool.members) == [0, 1, 2] and pool.free_number() == 3
+    assert (sorted(pool.members), pool.awaited, pool.size) == ([0, 1, 2], {3, 4}, 5)
+    processes.room = 4
+    pool.poll()
+    assert 3 not in pool.members  # looked at a moment ago
+    processes.now += 1
+    pool.poll()
+    assert (sorted(pool.members), pool.awaited, pool.size) == ([0, 1, 2, 3], {4}, 5)
+    assert pool.members[3].is_extra and processes.gone == []
+
+
+def test_who_is_awaited_leaves_first_and_is_not_asked_for_any_longer(started):
+    pool, processes = started(2)
+    processes.room = 2
+    pool.resize(4)
+    assert pool.awaited == {2, 3}
+    pool.resize(3)
+    assert (sorted(pool.members), pool.awaited, processes.gone) == ([0, 1], {2}, [3])
+    pool.resize(1)
+    assert (sorted(pool.members), pool.awaited, processes.gone) == ([0], set(), [3, 1, 2])
+    processes.now, processes.room, processes.asked = processes.now + 1, 100, []
+    pool.poll()
+    assert processes.asked == [] and pool.size == 1
+
+
+def test_a_newcomer_that_is_lost_frees_its_room_and_the_others_stay_awaited(started):
+    pool, processes = started(1)
+    processes.room = 2
+    pool.resize(3)
+    pool.lose(1, "its node has no disk")
+    assert (sorted(pool.members), pool.awaited, processes.gone, pool.size) == ([0], {2}, [1], 2)
+    pool.lose(0, "gone")
+    assert processes.gone == [1]  # another takes its place
 
 
 def test_the_end_kills_all_processes(started):

@@ -98,5 +98,6 @@ def test_a_request_that_the_nodes_cannot_serve_names_role_and_nodes(monkeypatch,
     monkeypatch.setattr(session.ray, "nodes", lambda: [node, node, {"Alive": False, "Resources": {"CPU": 64.0}}])
     preflight([Role("reward", 1, 0.5, 0.0)])
     preflight([Role("reward", 2, 0.5, 0.5, placement="STRICT_PACK"), Role("b", 2, 1, 0, placement="STRICT_SPREAD")])
+    preflight([Role("rollout", 9, 0.5, 0.0, num_apart=8)])  # those that may come later
     with pytest.raises(ValueError, match=sentence):
         preflight([role])

@@ -54,8 +54,13 @@ class Pool:
 
     def __init__(self, size, room=100):
         self.members = dict.fromkeys(range(size))
+        self.awaited = set()
         self.room = room
         self.settle()
+
+    @property
+    def size(self):
+        return len(self.members) + len(self.awaited)
 
     def settle(self):
         self.ready = list(self.members)
@@ -65,6 +70,12 @@ class Pool:
 
     def resize(self, size):
         self.members = dict.fromkeys(range(min(size, max(self.room, len(self.members)))))
+        self.awaited = set(range(len(self.members), size))
+
+    def grow(self, room):
+        """A node comes."""
+        self.room = room
+        self.resize(self.size)
 
 
 @pytest.fixture
@@ -86,13 +97,13 @@ def scaling(tmp_path):
     return start
 
 
-def steps(made, pool, count, *, rollout_s=100.0, has_room=True):
+def steps(made, pool, count, *, rollout_s=100.0):
     """The number of workers after each of some steps, in which those that joined come up."""
     found = []
     for _ in range(count):
         made.follow(pool)
         pool.settle()
-        made.after_step(rollout_s=rollout_s, learn_s=1.0, has_room=lambda: has_room)
+        made.after_step(rollout_s=rollout_s, learn_s=1.0)
         found.append(len(pool.members))
     return found
 
@@ -109,8 +120,8 @@ def test_a_resumed_run_starts_with_what_its_settings_say_and_adds_the_rest(scali
     made, pool = scaling(replicas=2, room=3)
     assert made.start_size == 2
     assert "scale.json asks for 4 rollout workers instead of rollout.replicas=2" in caplog.text
-    assert steps(made, pool, 2) == [3, 3]
-    assert "room for no more than 3" in caplog.text and caplog.text.count("-> 4") == 1
+    assert steps(made, pool, 3) == [3, 3, 3]
+    assert caplog.text.count("1 of 4 rollout workers wait for room") == 1 and caplog.text.count("-> 4") == 1
     request_size(tmp_path, 1)
     made, pool = scaling(replicas=2)
     assert made.start_size == 1 and steps(made, pool, 1) == [1]
@@ -138,7 +149,7 @@ def test_while_workers_start_the_policy_waits(scaling):
     steps(made, pool, PATIENCE)
     for _ in range(3 * PATIENCE):  # the second worker takes long to start
         made.follow(pool)
-        made.after_step(rollout_s=100.0, learn_s=1.0, has_room=lambda: True)
+        made.after_step(rollout_s=100.0, learn_s=1.0)
     assert made.size == len(pool.members) == 2
     pool.settle()
     assert steps(made, pool, PATIENCE + 1)[-1] == 3
@@ -150,7 +161,7 @@ def test_a_worker_that_was_lost_in_the_step_spoils_its_times(scaling):
         pool.settle()
         made.follow(pool)
         pool.ready.pop()
-        made.after_step(rollout_s=100.0, learn_s=1.0, has_room=lambda: True)
+        made.after_step(rollout_s=100.0, learn_s=1.0)
     assert made.size == 2
 
 
@@ -170,10 +181,46 @@ def test_after_a_join_that_was_given_up_a_request_acts_at_once_and_the_policy_af
     assert steps(made, pool, 1) == [2]
 
 
-def test_a_full_cluster_keeps_the_size_and_says_so_once_in_a_while(scaling, caplog):
-    made, pool = scaling(replicas=1, max_replicas=2)
-    assert set(steps(made, pool, PATIENCE + REST, has_room=False)) == {1}
-    assert caplog.text.count("no room for another worker") == 1
+def test_what_a_slow_rollout_asks_for_stands_until_a_node_comes_and_is_no_more_than_one_worker(scaling, caplog):
+    made, pool = scaling(replicas=1, max_replicas=4, room=1)
+    assert set(steps(made, pool, 5 * PATIENCE)) == {1}
+    assert pool.awaited == {1} and caplog.text.count("wait for room") == 1
+    pool.grow(2)
+    assert steps(made, pool, 1) == [2] and pool.awaited == set()
+
+
+def test_what_was_asked_for_is_withdrawn_by_a_request_or_when_fewer_would_do(scaling, tmp_path):
+    made, pool = scaling(replicas=2, room=2)
+    request_size(tmp_path, 4)
+    assert steps(made, pool, PATIENCE) == [2] * PATIENCE and pool.awaited == {2, 3}
+    request_size(tmp_path, 2)
+    assert steps(made, pool, 1) == [2] and pool.awaited == set()
+
+    made, pool = scaling(replicas=2, min_replicas=1, max_replicas=4, room=2)
+    request_size(tmp_path, 4)
+    assert steps(made, pool, PATIENCE + 1) == [2] * (PATIENCE + 1) and pool.awaited == {2, 3}
+    assert steps(made, pool, PATIENCE, rollout_s=1.0) == [2] * PATIENCE and pool.awaited == {2, 3}
+    assert steps(made, pool, PATIENCE + 1, rollout_s=0.1)[-1] == 1 and pool.awaited == set()
+
+
+def test_one_that_joins_in_the_midst_of_a_step_spoils_its_times(scaling):
+    made, pool = scaling(replicas=1, max_replicas=4)
+    for size in range(2, 2 + PATIENCE):
+        made.follow(pool)
+        pool.members[size - 1] = None
+        pool.settle()
+        made.after_step(rollout_s=100.0, learn_s=1.0)
+    assert made.size == 1
+
+
+def test_of_those_that_are_awaited_only_one_that_did_not_come_up_is_given_up(scaling, tmp_path):
+    made, pool = scaling(replicas=1, room=1)
+    request_size(tmp_path, 4)
+    made.follow(pool)
+    pool.grow(2)
+    del pool.members[1]  # it does not come up
+    pool.room = 1
+    assert steps(made, pool, 2) == [1, 1] and pool.size == 3
 
 
 @pytest.mark.parametrize(
