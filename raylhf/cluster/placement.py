@@ -27,18 +27,14 @@ class RolePlacement:
     """
 
     def __init__(self, role: Role) -> None:
-        """Ask for all that the role has from the start, without waiting."""
+        """Ask for what those that stay need, without waiting."""
         self._role = role
         self._bundle = role.bundle
         self._staying: PlacementGroup | None = self._reserve(role.num_staying) if self._bundle else None
         self._apart: dict[int, PlacementGroup] = {}
-        for number in range(role.num_staying, role.replicas):
-            self.take(number)
 
     def wait(self, deadline: float, should_stop: Callable[[], bool]) -> None:
-        """Until those that stay have their place, and those that may leave as far as there is room now.
-
-        `deadline` is a time of `time.monotonic`.
+        """Until those that stay have their place; `deadline` is a time of `time.monotonic`.
 
         Raises:
             WorkerError: they have not by then; the sentence says what is asked for and what the nodes have.
@@ -54,9 +50,15 @@ class RolePlacement:
                     f"with placement {role.placement}; the nodes have: {describe_nodes()}; something else may hold "
                     "a part of it (ray status)"
                 )
+
+    def take_rest(self, should_stop: Callable[[], bool]) -> None:
+        """Ask for those that may leave, and give them a moment to get what is free."""
         deadline = time.monotonic() + FREE_WAIT_S
-        while self.num_ready() < role.replicas and time.monotonic() < deadline and not should_stop():
-            self._apart[self.num_ready()].wait(SLICE_S)
+        for number in range(self._role.num_staying, self._role.replicas):
+            self.take(number)
+        for group in list(self._apart.values()):
+            while not group.wait(SLICE_S) and time.monotonic() < deadline and not should_stop():
+                pass
 
     def num_ready(self) -> int:
         """Of the workers from the start, counted from the first, those that have their place."""
@@ -99,7 +101,7 @@ def reserve(roles: Sequence[Role], *, timeout_s: float, should_stop: Callable[[]
     """Reserve what the roles need, by name.
 
     One after the other, the largest workers first: small ones that came before them would lie scattered over the nodes
-    that have room for a large one.
+    that have room for a large one. Those that the run can start without come last, where there is room.
 
     Raises:
         WorkerError: what the run cannot start without is not all reserved within the deadline.
@@ -110,4 +112,6 @@ def reserve(roles: Sequence[Role], *, timeout_s: float, should_stop: Callable[[]
     for role in largest_first(roles):
         places[role.name] = RolePlacement(role)
         places[role.name].wait(deadline, should_stop)
+    for place in places.values():
+        place.take_rest(should_stop)
     return places

@@ -16,7 +16,8 @@ class ClusterConfig(Settings):
     address: str | None = None
     """Ray cluster to join (`auto` or host:port); null starts Ray on this machine for the run alone."""
     num_nodes: int = Field(default=1, ge=1, le=10_000)
-    """Nodes the run is planned for (`raylhf check` compares the request with them)."""
+    """Nodes the run is planned for (`raylhf check` compares the request with them) and waits for at its start; those
+    that an autoscaler brings later do not count."""
     cpus_per_node: int = Field(default=2, ge=1)
     """CPUs of one node; where raylhf starts Ray itself, the number that it offers."""
     gpus_per_node: int = Field(default=0, ge=0, le=128)

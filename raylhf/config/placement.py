@@ -143,13 +143,17 @@ def _role(name: str, replicas: int, settings: RolloutConfig | RewardPlaneConfig 
 
 
 def place(roles: Iterable[Role], *, num_nodes: int, cpus_per_node: float, gpus_per_node: int) -> Placement:
-    """First fit, the largest first; those that the run can start without come where room is left, or later."""
+    """First fit, the largest first; those that a run can start without go where the others leave room, or nowhere."""
     nodes = tuple(Node(cpus_per_node, [1.0] * gpus_per_node) for _ in range(num_nodes))
     unplaced = []
-    for role in largest_first(roles):
-        missing = sum(not any(node.place(role) for node in nodes) for _ in range(role.replicas)) - role.num_apart
-        if missing > 0:
+    in_order = largest_first(roles)
+    for role in in_order:
+        missing = sum(not any(node.place(role) for node in nodes) for _ in range(role.num_staying))
+        if missing:
             unplaced.append(Role(role.name, missing, role.num_cpus, role.num_gpus))
+    for role in in_order:
+        for _ in range(role.num_apart):
+            next((node for node in nodes if node.place(role)), None)
     return Placement(nodes, tuple(unplaced))
 
 

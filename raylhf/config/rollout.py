@@ -29,7 +29,7 @@ class RolloutConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     """The sampling distribution."""
     replicas: int = Field(default=1, ge=1)
-    """Rollout workers at the start; each is one vLLM engine."""
+    """Rollout workers at the start, if there is room for those beyond min_replicas; each is one vLLM engine."""
     min_replicas: int | None = Field(default=None, ge=1)
     """Fewest workers that the run may shrink to by itself; null means replicas."""
     max_replicas: int | None = Field(default=None, ge=1)

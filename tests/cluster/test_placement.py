@@ -75,14 +75,15 @@ def go_on():
 
 
 def test_those_that_stay_share_a_group_and_each_that_may_leave_has_its_own(groups):
-    place = RolePlacement(Role("rollout", 4, 1.0, 0.0, placement="SPREAD", num_apart=2))
+    role = Role("rollout", 4, 1.0, 0.0, placement="SPREAD", num_apart=2)
+    place = reserve((role,), timeout_s=10, should_stop=go_on)["rollout"]
     assert groups.asked == [(2, "SPREAD"), (1, "SPREAD"), (1, "SPREAD")]
     chosen = [place.options(number)["scheduling_strategy"].number for number in range(4)]
     assert chosen == [0, 0, 1, 2]
 
 
 def test_who_leaves_frees_its_bundle_and_can_come_back(groups):
-    place = RolePlacement(Role("rollout", 3, 1.0, 0.0, num_apart=2))
+    place = reserve((Role("rollout", 3, 1.0, 0.0, num_apart=2),), timeout_s=10, should_stop=go_on)["rollout"]
     groups.room = 0
     place.give_back(0)
     place.give_back(2)
@@ -108,8 +109,8 @@ def test_what_has_no_room_stays_asked_for_without_a_wait_until_a_node_comes(grou
 
 
 def test_a_run_starts_with_those_that_stay_and_the_rest_remains_asked_for(groups):
-    groups.room = 3
-    roles = (Role("rollout", 4, 1.0, 0.0, num_apart=2),)
+    groups.room = 4  # those that the run can start without take nobody's place
+    roles = (Role("rollout", 4, 1.0, 0.0, num_apart=2), Role("learner", 1, 0.5, 0.0))
     place = reserve(roles, timeout_s=1000, should_stop=go_on)["rollout"]
     assert place.num_ready() == 3 and groups.freed == []
     assert module.FREE_WAIT_S <= groups.now <= module.FREE_WAIT_S + module.SLICE_S

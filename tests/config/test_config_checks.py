@@ -162,6 +162,13 @@ def test_only_workers_that_can_come_and_go_have_bounds(build):
     assert check_config(build({"rollout.placement": "SPREAD", "rollout.max_replicas": 2})) == []
 
 
+def test_the_nodes_must_hold_what_a_run_cannot_start_without(build):
+    changes = {"rollout.num_cpus": 1.0, "rollout.replicas": 5, "cluster.cpus_per_node": 3}
+    (problem,) = check_config(build(changes))
+    assert "rollout 5 x 1 +" in problem
+    assert check_config(build(changes | {"rollout.min_replicas": 1})) == []
+
+
 def test_settings_that_would_do_nothing_are_refused(build):
     for changes, sentence in (
         ({"objective.advantage": "rloo", "rollout.group_size": 2, "objective.gamma": 0.5}, "credits whole responses"),

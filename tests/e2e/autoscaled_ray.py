@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray._private.parameter as ray_parameter
 from ray._private.parameter import RayParams
-from ray.autoscaler._private.fake_multi_node import node_provider
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
+from ray_nodes import HEALTH_CHECKS
 
 MARK = "RAYLHF_TEST_RAY"
-HERE = Path(__file__).parent
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
+"""Where the monitor finds the provider and what this file imports."""
 ADDRESSES = "127.0.1"
 """Each node has a loopback address of its own, from .2 on; Ray takes 127.0.0.1 for the machine's own address."""
 IDLE_S = 3.0
@@ -33,16 +35,18 @@ class Provider(FakeMultiNodeProvider):
 
     _numbers = itertools.count(3)
 
-    def _create_node_with_resources_and_labels(self, *args: Any) -> None:
+    def _create_node_with_resources_and_labels(
+        self, node_config: Any, tags: Any, count: int, resources: Any, labels: Any
+    ) -> None:
         def on_loopback(**settings: Any) -> RayParams:
             address = f"{ADDRESSES}.{next(self._numbers)}"
-            return RayParams(**settings, node_ip_address=address, include_log_monitor=False)
+            return RayParams(**settings, node_ip_address=address)
 
-        node_provider.ray._private.parameter.RayParams = on_loopback
+        ray_parameter.RayParams = on_loopback
         try:
-            super()._create_node_with_resources_and_labels(*args)
+            super()._create_node_with_resources_and_labels(node_config, tags, count, resources, labels)
         finally:
-            node_provider.ray._private.parameter.RayParams = RayParams
+            ray_parameter.RayParams = RayParams
 
 
 class AutoscaledRay:
@@ -75,10 +79,11 @@ class AutoscaledRay:
         command += [f"--autoscaling-config={self._settings}", f"--object-store-memory={STORE_BYTES}"]
         command += [f"--temp-dir={self._folder / 'ray'}", "--disable-usage-stats"]
         more = {
+            **HEALTH_CHECKS,
             MARK: self._mark,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]),
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_FAKE_CLUSTER": "1",
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,

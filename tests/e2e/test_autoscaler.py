@@ -1,8 +1,9 @@
-"""A run on a Ray with an autoscaler: rollout workers that join bring nodes, those that leave let them go."""
+"""A run on a Ray with an autoscaler, which brings nodes for rollout workers that join or are lost, and lets them go."""
 
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -44,6 +45,7 @@ def test_rollout_nodes_come_and_go_with_the_workers_while_the_learner_stays(rayl
     command = raylhf.start("grown", *SETTINGS, environment=autoscaled.environment)
 
     def wait_for(condition, what):
+        print(f"{time.monotonic():.0f} s: waiting for {what}")
         try:
             command.wait_for(condition, what)
         except AssertionError as error:
@@ -61,25 +63,37 @@ def test_rollout_nodes_come_and_go_with_the_workers_while_the_learner_stays(rayl
     scale(2)
     wait_for(serve(2), "second rollout worker")
     assert len(autoscaled.nodes("rollouts")) == 2
+
+    psutil.Process(first_node).kill()
+    wait_for(serve(1), "loss of the first rollout worker")
+    wait_for(serve(2), "another in its place")
+    node = whereabouts(command, "rollout-0")[1]
+    assert len(autoscaled.nodes("rollouts")) == 2 and node != first_node
+
     scale(1)
-    wait_for(lambda: autoscaled.nodes("rollouts") == [first_node], "end of the second rollout node")
+    wait_for(lambda: autoscaled.nodes("rollouts") == [node], "end of the second worker's node")
     steps = len(command.rows())
-    wait_for(lambda: len(command.rows()) > steps and serve(1)(), "step on the first node alone")
-    assert whereabouts(command, "learner-0") == learner
+    wait_for(lambda: len(command.rows()) > steps and serve(1)(), "step with one worker")
+    assert whereabouts(command, "learner-0") == learner and autoscaled.nodes("learners") == [learner[1]]
+    assert processes(command, "learner-0") == [str(learner[0])]
     command.interrupt()
     assert command.wait(END_S) == 130, command.story()
-    assert learner[1] in autoscaled.nodes("learners")
     audit = raylhf.call("audit_of_grown", "audit", str(command.folder))
     assert audit.process.returncode == 0 and "nothing lost, nothing doubled" in audit.output, audit.story()
-    assert list((command.folder / "crashes").glob("*")) == []
+    assert {report.name[4:] for report in (command.folder / "crashes").glob("*")} == {"rollout-0.txt"}
 
 
 def num_workers(command):
     return [int(row["rollout/num_workers"]) for row in command.rows() if "rollout/num_workers" in row]
 
 
+def processes(command, worker):
+    """Numbers of all processes that the worker has been."""
+    log = (command.folder / "logs" / f"{worker}.log").read_text(errors="replace")
+    return re.findall(r"^--- process (\d+) starts", log, re.MULTILINE)
+
+
 def whereabouts(command, worker):
-    """The only process that the worker ever was, when it started, and the node that it is on."""
-    (pid,) = re.findall(r"^--- process (\d+) starts", (command.folder / "logs" / f"{worker}.log").read_text(), re.M)
-    process = psutil.Process(int(pid))
+    """The worker's process, the node that it is on, and when it started."""
+    process = psutil.Process(int(processes(command, worker)[-1]))
     return process.pid, process.ppid(), process.create_time()
