@@ -99,8 +99,16 @@ class Command:
         self.process.wait()
 
     def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The rows so far; a look at the last one while it is written anew is taken again."""
         path = self.folder / file
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        while path.exists():
+            is_over = self.process.poll() is not None
+            try:
+                return [json.loads(line) for line in path.read_text().splitlines()]
+            except ValueError:
+                if is_over:
+                    raise
+        return []
 
     def story(self) -> str:
         """What the command wrote, for the message of a failed test."""
