@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "check":
             text = "also read a reward model's judgements, and print counts, lengths, duplicates and label balance"
             command.add_argument("--data", action="store_true", help=text)
+    add_doctor_command(commands)
     text = "print every setting with its type, default and meaning; with CONFIG also the file's value"
     command = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
@@ -65,6 +66,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_launch_command(commands)
     add_reward_commands(commands)
     return parser
+
+
+def add_doctor_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that looks at the nodes."""
+    text = "check the nodes of a run within a minute: versions, room, network, storage, memory, clocks"
+    command = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
+    text = "seconds in which cluster.num_nodes nodes must have joined (default: 15)"
+    command.add_argument("--wait", metavar="SECONDS", type=float, default=15.0, help=text)
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -122,6 +134,10 @@ def run_command(arguments: argparse.Namespace) -> int:
             from raylhf.cli.check import run_check
 
             return run_check(arguments.config, arguments.overrides, with_data=arguments.data)
+        if arguments.command == "doctor":
+            from raylhf.cli.doctor import run_doctor
+
+            return run_doctor(arguments.config, arguments.overrides, wait_s=arguments.wait, as_json=arguments.json)
         if arguments.command == "config":
             from raylhf.cli.explain import run_explain
 

@@ -142,8 +142,8 @@ def await_nodes(config: ClusterConfig, *, should_stop: Callable[[], bool]) -> No
         if should_stop():
             raise StopRequestedError("waiting for the nodes")
         if time.monotonic() > deadline:
-            there = [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]
-            missing = [name for name in os.environ.get(EXPECTED_NODES_VARIABLE, "").split() if name not in there]
+            there = _alive_hosts()
+            missing = missing_nodes()
             names = f"; missing: {', '.join(missing)}" if missing else ""
             raise WorkerError(
                 f"{len(there)} of cluster.num_nodes={config.num_nodes} nodes are in the Ray cluster {config.address} "
@@ -151,6 +151,16 @@ def await_nodes(config: ClusterConfig, *, should_stop: Callable[[], bool]) -> No
                 "at the output of `ray start` on those that are missing, or lower cluster.num_nodes."
             )
         time.sleep(NODE_POLL_S)
+
+
+def missing_nodes() -> list[str]:
+    """Hosts that a launcher named in RAYLHF_EXPECTED_NODES and that are not in the cluster."""
+    there = _alive_hosts()
+    return [name for name in os.environ.get(EXPECTED_NODES_VARIABLE, "").split() if name not in there]
+
+
+def _alive_hosts() -> list[str]:
+    return [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]
 
 
 def preflight(roles: Sequence[Role]) -> None:

@@ -65,7 +65,7 @@ class KubernetesConfig(Settings):
 
 class LaunchConfig(Settings):
     doctor: bool = True
-    """The job runs `raylhf doctor` before it trains, and ends where that fails."""
+    """The job runs raylhf doctor before it trains, and ends where that finds a failure."""
     slurm: SlurmConfig = SlurmConfig()
     """`raylhf launch slurm`."""
     kubernetes: KubernetesConfig = KubernetesConfig()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from raylhf.config.architecture import Architecture
-from raylhf.config.run import RunConfig, guide_of
+from raylhf.config.run import CommonConfig, RunConfig, guide_of
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -66,7 +66,7 @@ def estimate_learner(config: RunConfig, policy: Architecture, critic: Architectu
     return MemoryEstimate("learner", {**device, "runtime": RUNTIME["gpu"]}, {**host, "runtime": RUNTIME["learner"]})
 
 
-def _trained(config: RunConfig, model: Architecture, parameters: int) -> int:
+def _trained(config: CommonConfig, model: Architecture, parameters: int) -> int:
     """Parameters that have gradients: all, or those of the adapters."""
     lora = config.learner.lora
     return model.lora_parameters(lora.rank) if lora else parameters
@@ -86,12 +86,22 @@ def _states(config: RunConfig, parameters: int, *, trained: int) -> dict[str, fl
     """
     learner = config.learner
     width, ranks, stage = BYTES[config.model.dtype], learner.num_ranks, learner.zero_stage
-    has_master = stage > 0 or config.model.dtype == "bfloat16"
     return {
         "parameters": width * parameters / (ranks if stage == 3 else 1),
         "gradients": width * trained / (ranks if stage >= 2 else 1),
-        "optimizer": (12 if has_master else 8) * trained / (ranks if stage >= 1 else 1),
+        "optimizer": _optimizer_width(config) * trained / (ranks if stage >= 1 else 1),
     }
+
+
+def _optimizer_width(config: CommonConfig) -> int:
+    """Bytes of the optimizer for one trained parameter, over all ranks."""
+    has_master = config.learner.zero_stage > 0 or config.model.dtype == "bfloat16"
+    return 12 if has_master else 8
+
+
+def saved_bytes(config: CommonConfig, model: Architecture, parameters: int) -> float:
+    """What a checkpoint holds of one model: the weights that are trained, and their optimizer."""
+    return (BYTES[config.model.dtype] + _optimizer_width(config)) * _trained(config, model, parameters)
 
 
 def _gathered_bytes(config: RunConfig, policy: Architecture) -> float:

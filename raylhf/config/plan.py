@@ -4,15 +4,17 @@ from dataclasses import dataclass
 
 from raylhf.config.architecture import Architecture, architecture_of
 from raylhf.config.memory import (
+    BYTES,
     GIB,
     RUNTIME,
     MemoryEstimate,
     estimate_learner,
     estimate_rollout,
     kv_bytes_per_token,
+    saved_bytes,
 )
 from raylhf.config.placement import Node, Role, place_config, roles_of
-from raylhf.config.run import RunConfig
+from raylhf.config.run import AnyRunConfig, RunConfig
 
 TIGHT_SHARE = 0.9
 """An estimate above this share of a memory is worth a warning: fragmentation is not in it."""
@@ -88,6 +90,28 @@ def resolve_plan(config: RunConfig) -> Plan:
         host_peak_bytes=host_peak,
         warnings=tuple(_warnings(config, gpu_peak, host_peak, fullest, kv_tokens)),
     )
+
+
+def checkpoint_bytes(config: AnyRunConfig) -> float | None:
+    """What one checkpoint takes on the disk, about; None where the model is not known without a download."""
+    policy = architecture_of(config.model.path)
+    if policy is None:
+        return None
+    total = saved_bytes(config, policy, policy.parameters)
+    if isinstance(config, RunConfig) and _has_own_critic(config):
+        critic = _critic_architecture(config, policy)
+        if critic is None:
+            return None
+        total += saved_bytes(config, critic, critic.trunk_parameters + critic.hidden)
+    return total
+
+
+def export_bytes(config: AnyRunConfig) -> float | None:
+    """What the export takes on the disk, about; None where the model is not known without a download."""
+    policy = architecture_of(config.model.path)
+    if not config.checkpoint.export:
+        return 0.0
+    return None if policy is None else BYTES[config.model.dtype] * policy.parameters
 
 
 def plan_batch(config: RunConfig) -> BatchPlan:

@@ -136,7 +136,9 @@ def _exports(config: AnyRunConfig, join: Join | None) -> Iterator[str]:
         "RAYLHF_START_TIMEOUT_S": f"{config.cluster.start_timeout_s:.0f}",
         "RAYLHF_OBJECT_STORE_MIB": f"{config.cluster.object_store_gib * 1024:.0f}",
     }
-    if join is not None and isinstance(config, RunConfig):
+    if join is None:
+        values["RAYLHF_DOCTOR"] = str(int(config.launch.doctor))
+    elif isinstance(config, RunConfig):
         values["RAYLHF_RUN_FOLDER"] = str(folder.parent)
         values["RAYLHF_ROLLOUT"] = str(join.num_rollout)
         values["RAYLHF_ROLLOUT_BEFORE"] = str(config.rollout.replicas)

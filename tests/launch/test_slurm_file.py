@@ -44,6 +44,15 @@ def test_settings_reach_the_driver_as_they_were_given(capsys: pytest.CaptureFixt
     assert Path(words[0]) == CONFIGS / "gpu_64x_70b.yaml"
 
 
+@pytest.mark.parametrize(("settings", "value"), [((), "1"), (("launch.doctor=false",), "0")])
+def test_the_doctor_comes_before_the_training_unless_it_is_switched_off(
+    settings: tuple[str, ...], value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = rendered(capsys, *settings)
+    assert f"export RAYLHF_DOCTOR={value}\n" in text
+    assert text.index("drive doctor") < text.index("drive train")
+
+
 def test_an_image_wraps_every_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert "apptainer exec --nv" in rendered(capsys, "launch.slurm.image=raylhf.sif")
     text = rendered(capsys, "launch.slurm.image=raylhf.sqsh", "launch.slurm.image_tool=pyxis")

@@ -102,11 +102,23 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: Slur
     print(output_of(run))
     assert lab.job(job)["JobState"] == "COMPLETED"
     assert steps_of(run) == list(range(NUM_STEPS + 1))
+    driver = (run / "launch" / f"slurm-{job}.out").read_text()
+    assert driver.count("one process a node (2) summed") == 3, driver  # raylhf doctor, at each start
     assert run_audit(str(run)) == 0
     for file in run.rglob("*"):
         if file.is_file() and file.stat().st_size < 1_000_000:
             assert secret not in file.read_text(errors="replace"), file
     assert not list((run / "launch").glob("ray-token-*"))
+
+
+def test_a_job_whose_nodes_cannot_carry_the_run_ends_before_it_trains(lab: SlurmLab, tmp_path: Path) -> None:
+    run = tmp_path / "crowded"
+    job = launch(lab, *settings(tmp_path, "crowded", "rollout.num_cpus=64"))
+    lab.until(lambda: is_over(lab, job), "end of the job", timeout_s=240)
+    assert lab.job(job)["JobState"] == "FAILED"
+    output = (run / "launch" / f"slurm-{job}.out").read_text()
+    assert "no node can hold one rollout" in output and "raylhf doctor ended with 1: mend what it names" in output
+    assert not (run / "metrics.jsonl").exists()
 
 
 def workers_of(run: Path) -> list[int]:
@@ -121,7 +133,7 @@ def test_rollouts_have_nodes_of_their_own_and_a_second_job_adds_and_takes_away_o
 ) -> None:
     run = tmp_path / "apart"
     apart = settings(tmp_path, "apart", "launch.slurm.rollout_nodes=1", "num_steps=5000", "learner.lr=1e-5")
-    apart += ["checkpoint.every_steps=100", "rollout.num_cpus=1.5"]  # a node has room for one
+    apart += ["launch.doctor=false", "checkpoint.every_steps=100", "rollout.num_cpus=1.5"]  # a node has room for one
     job = launch(lab, *apart)
     until_step(lab, run, 2)
     second = launch(lab, "--join", "1", "--rollout", "2", *apart)
