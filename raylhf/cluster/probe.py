@@ -13,6 +13,8 @@ from raylhf.cluster.actors import POLL_S, Launcher, Outcome, kill, settle, submi
 from raylhf.cluster.session import NODE_POLL_S
 
 WARM_UP_BYTES = 2**20
+OPEN_SHARE = 0.7
+"""Of a deadline: who has not answered by then is at fault alone, and the others still have time to go on."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,13 @@ def meet(build: Callable[[], Any], nodes: Sequence[RayNode], *, num_gpus: float,
     launcher = Launcher("probe", build, num_cpus=0, num_gpus=num_gpus, env={}, options_of=options.__getitem__)
     actors = {node.name: launcher.launch(number) for number, node in enumerate(nodes)}
     try:
-        outcomes = settle({name: submit(actor, "open") for name, actor in actors.items()}, timeout_s=timeout_s)
+        opening = {name: submit(actor, "open") for name, actor in actors.items()}
+        outcomes = settle(opening, timeout_s=OPEN_SHARE * timeout_s)
         opened = [node for node in nodes if node.name in outcomes and outcomes[node.name].trouble is None]
         left = max(deadline - time.monotonic(), POLL_S)
         calls = {}
         for rank, node in enumerate(opened):
-            meeting = (opened[0].address, outcomes[opened[0].name].value, rank, len(opened), left)
+            meeting = (opened[0].address, outcomes[opened[0].name].value, rank, len(opened), OPEN_SHARE * left)
             calls[node.name] = submit(actors[node.name], "reduce", *meeting)
         reduced = settle(calls, timeout_s=left)
     finally:
@@ -150,4 +153,4 @@ def _affinity(node: RayNode) -> dict[str, Any]:
 
 def _problem(outcome: Outcome) -> str:
     """The first line of what went wrong; the stack behind it helps nobody who mends a node."""
-    return outcome.reason.strip().split("\n")[0]
+    return outcome.reason.strip().split("\n")[0] or (outcome.trouble.value if outcome.trouble else "")

@@ -76,7 +76,9 @@ def judge_nodes(
     counted = f"{len(names)} of cluster.num_nodes={cluster.num_nodes} nodes are in the Ray cluster"
     listed = ", ".join(names)
     if len(names) >= cluster.num_nodes:
-        return [Finding("nodes", "ok", f"{counted}: {listed}")]
+        return [
+            Finding("nodes", "ok", f"{len(names)} in the Ray cluster ({listed}), cluster.num_nodes={cluster.num_nodes}")
+        ]
     if cluster.address is None:
         remedy = "set cluster.address to a Ray cluster of that many nodes, or cluster.num_nodes=1"
         return [Finding("nodes", "FAIL", f"{counted}: Ray was started on this machine alone", remedy=remedy)]

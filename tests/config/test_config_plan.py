@@ -8,7 +8,7 @@ import pytest
 from raylhf.config.architecture import PUBLISHED, architecture_of
 from raylhf.config.load import load_config
 from raylhf.config.memory import GIB
-from raylhf.config.plan import resolve_plan
+from raylhf.config.plan import checkpoint_bytes, export_bytes, resolve_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OFFLINE = ("reward_", "preference_", "sft")
@@ -106,6 +106,19 @@ def test_a_critic_of_its_own_is_a_trunk_with_one_output(build):
     assert plan.critic_parameters == tiny.parameters - 64 * 259 + 64
     assert items(plan, "learner", "host")["critic gradients"] == 4 * (tiny.trunk_parameters + 64)
     assert resolve_plan(build({"objective.critic.trunk": "shared"})).critic_parameters == 0
+
+
+def test_a_checkpoint_holds_what_is_trained_with_its_optimizer(build):
+    tiny = PUBLISHED["tiny"]
+    shared = {"objective.critic.trunk": "shared", "learner.zero_stage": 2}
+    assert checkpoint_bytes(build(shared)) == (4 + 12) * tiny.parameters
+    assert checkpoint_bytes(build(shared | {"learner.zero_stage": 0})) == (4 + 8) * tiny.parameters
+    own = 16 * (tiny.parameters + tiny.trunk_parameters + 64)
+    assert checkpoint_bytes(build({"learner.zero_stage": 2})) == own
+    assert checkpoint_bytes(build(shared | {"learner.lora": {"rank": 2}})) == 16 * tiny.lora_parameters(2)
+    assert checkpoint_bytes(build({"model.path": "some/model"})) is None
+    assert export_bytes(build(shared)) == 4 * tiny.parameters
+    assert export_bytes(build({"checkpoint.export": False})) == 0
 
 
 def test_a_guide_is_one_more_frozen_copy(build):

@@ -1,5 +1,9 @@
+import contextlib
 import shutil
+import signal
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +55,67 @@ def test_the_doctor_comes_before_the_training_unless_it_is_switched_off(
     text = rendered(capsys, *settings)
     assert f"export RAYLHF_DOCTOR={value}\n" in text
     assert text.index("drive doctor") < text.index("drive train")
+
+
+STAND_INS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
+    "scontrol": 'case $1 in show) echo localhost ;; requeue) echo "requeue $2" >>"$CALLS"; kill "$PPID" ;; esac',
+    "raylhf": (
+        'echo "$1" >>"$CALLS"\n[ "$1" = train ] && exit 0\n'
+        '[ -z "${HANG:-}" ] || { touch "$CALLS.hangs"; exec sleep 30; }\nexit "$DOCTOR"'
+    ),
+    "ray_head.sh": (
+        "exec python3 -c 'import os, socket, time; "
+        's = socket.create_server(("127.0.0.1", int(os.environ["RAYLHF_PORT_BASE"]))); time.sleep(60)\''
+    ),
+}
+"""Programs of a job, as far as the batch script uses them."""
+
+
+def job_with_free_port() -> int:
+    """The number of a job whose first port is free."""
+    for number in range(1, 80):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 10_000 + number * 250)):
+            return number
+    raise AssertionError("none of 79 ports is free")
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_signalled", "calls", "sentence"),
+    [
+        ({"DOCTOR": "0"}, False, ["doctor", "train"], "the driver ended with 0"),
+        ({"DOCTOR": "1"}, False, ["doctor"], "raylhf doctor ended with 1: mend what it names above"),
+        ({"DOCTOR": "1", "RAYLHF_DOCTOR": "0"}, False, ["train"], "the driver ended with 0"),
+        ({"HANG": "1"}, True, ["doctor", "requeue"], "queued again; the run goes on"),
+    ],
+)
+def test_the_job_trains_only_where_the_doctor_finds_nothing(
+    tmp_path: Path, variables: dict[str, str], is_signalled: bool, calls: list[str], sentence: str
+) -> None:
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job, file = job_with_free_port(), tmp_path / "calls"
+    settings = {"RAYLHF_SCRIPTS": str(tmp_path), "RAYLHF_JOB_FOLDER": str(tmp_path), "SLURM_JOB_ID": str(job)}
+    settings |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "localhost", "CALLS": str(file)}
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            ["bash", str(SCRIPTS / "slurm.sbatch"), "config.yaml"], env=settings | variables, stdout=out, stderr=out
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while is_signalled and not Path(f"{file}.hangs").exists():
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        if is_signalled:
+            process.send_signal(signal.SIGUSR1)
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+    output = (tmp_path / "out").read_text()
+    assert sentence in output
+    assert [line.split()[0] for line in file.read_text().splitlines()] == calls, output
+    assert (code == 0) == (calls[-1] == "train")
 
 
 def test_an_image_wraps_every_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,16 +111,6 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: Slur
     assert not list((run / "launch").glob("ray-token-*"))
 
 
-def test_a_job_whose_nodes_cannot_carry_the_run_ends_before_it_trains(lab: SlurmLab, tmp_path: Path) -> None:
-    run = tmp_path / "crowded"
-    job = launch(lab, *settings(tmp_path, "crowded", "rollout.num_cpus=64"))
-    lab.until(lambda: is_over(lab, job), "end of the job", timeout_s=240)
-    assert lab.job(job)["JobState"] == "FAILED"
-    output = (run / "launch" / f"slurm-{job}.out").read_text()
-    assert "no node can hold one rollout" in output and "raylhf doctor ended with 1: mend what it names" in output
-    assert not (run / "metrics.jsonl").exists()
-
-
 def workers_of(run: Path) -> list[int]:
     """Rollout workers in each step, as far as there are any steps."""
     file = run / "metrics.jsonl"
