@@ -179,7 +179,7 @@ def _script(config: AnyRunConfig, command: Command, groups: Sequence[Group]) -> 
         *given,
         f"output_dir={RUNS_FOLDER}",
         "cluster.address=auto",
-        f"cluster.num_nodes={1 + sum(group.num_pods for group in groups)}",
+        f"cluster.num_nodes={1 + sum(group.least for group in groups)}",
         *(pin for group in groups for pin in group.pins),
     ]
     lines = ["set -eu", "settings=(", *(f"  {shlex.quote(setting)}" for setting in settings), ")"]
