@@ -45,6 +45,8 @@ def test_part_names_stand_for_any_nested_name():
 def test_every_key_written_in_the_package_is_in_the_catalogue():
     known = re.compile(rf"({'|'.join(sorted(AREAS))})/[a-z0-9_]+")
     for file in (ROOT / "raylhf").rglob("*.py"):
+        if file.parent.name == "launch":  # logs no metrics; names of Kubernetes' API read like keys
+            continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and known.fullmatch(node.value):
                 assert is_metric(node.value) or node.value in HISTOGRAMS | SUMMARY, f"{file}: {node.value}"
