@@ -182,9 +182,13 @@ def _script(config: AnyRunConfig, command: Command, groups: Sequence[Group]) -> 
         f"cluster.num_nodes={1 + sum(group.least for group in groups)}",
         *(pin for group in groups for pin in group.pins),
     ]
+    words = f'{CONFIG_FOLDER}/run.yaml "${{settings[@]}}"'
     lines = ["set -eu", "settings=(", *(f"  {shlex.quote(setting)}" for setting in settings), ")"]
-    commands = ["raylhf doctor"] if config.launch.doctor else []
-    lines += [f'{words} {CONFIG_FOLDER}/run.yaml "${{settings[@]}}"' for words in (*commands, "exec raylhf train")]
+    if config.launch.doctor:
+        least_gib = min(config.launch.kubernetes.head_memory_gib, *(group.memory_gib for group in groups))
+        wait_s = f"{config.cluster.start_timeout_s:.0f}"
+        lines.append(f"raylhf doctor {words} cluster.host_memory_gib={least_gib:g} --wait {wait_s}")  # pods differ
+    lines.append(f"exec raylhf train {words}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -139,7 +139,8 @@ def test_the_driver_runs_what_was_given(tmp_path: Path) -> None:
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     doctor, train = (words.split("\n")[:-1] for words in done.stdout.split("--\n")[:2])
-    assert doctor[1:] == train[1:] and (doctor[0], train[0]) == ("doctor", "train")
+    assert (doctor[0], train[0]) == ("doctor", "train")
+    assert doctor[1:] == [*train[1:], "cluster.host_memory_gib=8", "--wait", "600"]
     assert {"rollout.max_replicas=8", "cluster.address=auto", "cluster.num_nodes=5", "output_dir=/runs"} <= set(train)
 
 
