@@ -1,9 +1,13 @@
 """Several Ray nodes on this machine."""
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 from ray.cluster_utils import Cluster
+
+from raylhf.cluster.private import private_folder
+from raylhf.cluster.session import use_private_token
 
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -21,13 +25,13 @@ class RayNodes:
     """
 
     def __init__(self) -> None:
-        # On the loopback only; Ray has read this process's mode at its import, so it can have no token of its own.
-        self._variables = {"RAY_AUTH_MODE": "disabled", **HEALTH_CHECKS}
+        self._open = ExitStack()
         self._nodes: dict[str, Any] = {}
         self._addresses = (f"127.0.0.{number}" for number in range(2, 255))
 
     def __enter__(self) -> "RayNodes":
         self._before = dict(os.environ)
+        self._variables = use_private_token(self._open.enter_context(private_folder())) | HEALTH_CHECKS
         os.environ.update(self._variables, RAY_worker_niceness="0", HF_HUB_OFFLINE="1")
         self._cluster = Cluster(initialize_head=True, head_node_args=self._settings(num_cpus=1))
         return self
@@ -38,6 +42,7 @@ class RayNodes:
         finally:
             os.environ.clear()
             os.environ.update(self._before)
+            self._open.close()
 
     @property
     def environment(self) -> dict[str, str]:

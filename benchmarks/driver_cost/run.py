@@ -17,12 +17,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-import ray
 
 from raylhf.batch import Prompt, RewardOutput, Rollouts
 from raylhf.cluster.actors import Launcher
 from raylhf.cluster.pool import WorkerPool
+from raylhf.cluster.session import ray_session
 from raylhf.config import RunConfig
+from raylhf.config.cluster import ClusterConfig
 from raylhf.driver import collect
 from raylhf.driver.collect import Collection
 from raylhf.driver.job import ENVIRONMENT
@@ -84,17 +85,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, default=2048, help="prompts of a batch, of 8 responses each")
     arguments = parser.parse_args()
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": ENVIRONMENT},
-    )
     rows = []
-    for count in arguments.workers:
-        rows.append(measure(count, arguments.prompts))
-        print(rows[-1], flush=True)
+    with ray_session(ClusterConfig(cpus_per_node=2), env=ENVIRONMENT):
+        for count in arguments.workers:
+            rows.append(measure(count, arguments.prompts))
+            print(rows[-1], flush=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import ray._private.state as ray_state
 import ray._private.utils as ray_utils
-from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
 from raylhf.cluster.actors import StopRequestedError, WorkerError, gather
 from raylhf.cluster.private import private_folder
@@ -46,7 +46,7 @@ def ray_session(config: ClusterConfig, *, env: Mapping[str, str], prometheus_por
             if prometheus_port is not None:
                 _require_free(prometheus_port)
             variables[PRIVATE_FOLDER_VARIABLE] = str(private)
-            _use_private_token(private)
+            use_private_token(private)
             _init_ray(
                 address="local",  # without it, Ray joins one that somebody else has started on this machine
                 num_cpus=config.cpus_per_node,
@@ -117,16 +117,21 @@ def _own_sigterm_handler() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _use_private_token(folder: Path) -> None:
-    """A token for this Ray alone, in a file that only this user reads (Ray would otherwise share one per home).
+def use_private_token(folder: Path) -> dict[str, str]:
+    """A token for the Ray that this process starts next, in a file that only this user reads.
 
-    RAY_AUTH_MODE stays as it is: unset, `ray.init` turns tokens on; Ray has read a value set by the user at its import.
+    Ray would otherwise share one per home. A RAY_AUTH_MODE that the shell has set for other clusters does not count,
+    nor RAY_AUTH_TOKEN, which Ray prefers to the file. Returns the variables that a process which joins needs.
     """
     token = folder / "ray-token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    os.environ.update(variables)
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    Config.initialize("")  # Ray read the mode at its import
     AuthenticationTokenLoader.instance().reset_cache()  # of an earlier Ray of this process
+    return variables
 
 
 def await_nodes(config: ClusterConfig, *, should_stop: Callable[[], bool]) -> None:
