@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from raylhf.cluster.actors import POLL_S, StopRequestedError, WorkerError
+from raylhf.cluster.http_limits import CALLBACK_VARIABLE
 from raylhf.cluster.session import preflight, ray_session
 from raylhf.config.placement import Role
 from raylhf.config.reward import RewardPlaneConfig
@@ -195,7 +196,7 @@ def served_reward(
         StopRequestedError: `should_stop` became true before the reward was ready.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with ray_session(config.cluster, env=env):
+    with ray_session(config.cluster, env={**env, **CALLBACK_VARIABLE}):
         preflight([Role("reward", config.serve.min_replicas, config.reward.num_cpus, config.reward.num_gpus)])
         _require_no_other_serve()
         try:

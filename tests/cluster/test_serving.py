@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from raylhf.cli import main
+from raylhf.cluster.http_limits import HEAD_TIMEOUT_S, MAX_HEAD_BYTES
 from raylhf.config.service import load_service_config
 from raylhf.rewards.build import BuildContext, build_reward
 from raylhf.rewards.state import RewardState
@@ -64,7 +65,7 @@ class Server:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {
             "RAYLHF_REWARD_TOKEN": TOKEN,
-            "PYTHONPATH": str(folder),
+            "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "TMPDIR": str(folder),
             "HOME": str(folder),
             MARK: str(folder),
@@ -200,6 +201,26 @@ def test_a_body_of_unknown_length_is_read_up_to_the_limit_only(server):
         for _ in range(4):  # 32,768 bytes, and no end
             connection.sendall(chunk)
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_who_sends_too_much_or_too_slowly_is_refused_in_time_while_others_are_answered(server):
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\nAuthorization: Bearer {TOKEN}\r\n"
+    sent = {
+        b"": b"408",
+        head.encode(): b"408",  # no end of the headers
+        f"{head}\r\n{{".encode(): b"408",  # no more of the body
+        f"{head.replace(TOKEN, 'x')}\r\n{{".encode(): b"401",
+        f"{head}X-Long: {'x' * MAX_HEAD_BYTES}".encode(): b"431",
+    }
+    with contextlib.ExitStack() as opened:
+        connections = {}
+        for data in sent:
+            address = ("127.0.0.1", server.port)
+            connections[data] = opened.enter_context(socket.create_connection(address, timeout=HEAD_TIMEOUT_S + 20))
+            connections[data].sendall(data)
+        assert server.score(sample("So it is."))["scores"] == [2.0]
+        answers = {data: connection.recv(1000) for data, connection in connections.items()}
+    assert [answer.split(b" ")[1] for answer in answers.values()] == list(sent.values()), answers
 
 
 def test_scores_are_those_of_the_worker(server, monkeypatch):
