@@ -13,4 +13,5 @@ class ModelConfig(Settings):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of the learner."""
     trust_remote_code: bool = False
-    """Run Python code that a model repository ships. Off unless you trust its author."""
+    """Run code that a model repository ships: its Python files, and what pickled weights (.bin) hold. Off unless you
+    trust its author."""

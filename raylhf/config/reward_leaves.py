@@ -139,7 +139,7 @@ class ModelLeaf(Leaf):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the reward model."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository ships."""
+    """Run code that the model's repository ships: Python files, and what pickled weights (.bin) hold."""
 
 
 class ExplicitReward(ModelLeaf):
@@ -184,7 +184,7 @@ class EnsembleReward(Leaf):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the members."""
     trust_remote_code: bool = False
-    """Run Python code that the models' repositories ship."""
+    """Run code that the models' repositories ship: Python files, and what pickled weights (.bin) hold."""
 
 
 class MultiValueReward(ModelLeaf):
@@ -212,7 +212,7 @@ class ImplicitReward(Leaf):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the models."""
     trust_remote_code: bool = False
-    """Run Python code that the models' repositories ship."""
+    """Run code that the models' repositories ship: Python files, and what pickled weights (.bin) hold."""
 
 
 class RemoteReward(Leaf):

@@ -62,11 +62,13 @@ class Prepared:
 def prepare(config: RunConfig, prompts: Sequence[Prompt]) -> Prepared:
     """Make the models ready to load and measure the prompts."""
     from raylhf.models.chat import encode_prompt
-    from raylhf.models.load import load_model_config, load_tokenizer, max_positions, prepare_model
+    from raylhf.models.load import load_model_config, load_tokenizer, max_positions, prepare_model, require_safetensors
 
     folder = prepare_model(config.model.path, seed=config.seed)
     second = folder if config.second_model is None else prepare_model(config.second_model, seed=config.seed)
     for name in {folder, second}:  # fails early, with a sentence
+        if not config.model.trust_remote_code:
+            require_safetensors(name)
         architecture = load_model_config(name, trust_remote_code=config.model.trust_remote_code)
         context = max_positions(architecture)
         if context is not None and config.max_model_len > context:
@@ -88,13 +90,15 @@ def preference_learner_worker(*args: Any, **kwargs: Any) -> Any:
 
 def prepare_offline(config: OfflineRunConfig) -> list[str]:
     """Make the model that is trained, and a loss's guide, ready to load; returns their folders (or names)."""
-    from raylhf.models.load import load_model_config, max_positions, prepare_model
+    from raylhf.models.load import load_model_config, max_positions, prepare_model, require_safetensors
 
     paths = [config.model.path, *([config.second_model] if config.second_model else [])]
     folders = [prepare_model(path, seed=config.seed) for path in paths]
     asks = isinstance(config, PreferenceRunConfig) and isinstance(loss_of(config.objective), TREGLoss)
     longest = config.data.max_tokens + (INSTRUCTION_TOKENS if asks else 0)
     for folder in folders:
+        if not config.model.trust_remote_code:
+            require_safetensors(folder)
         architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
         context = max_positions(architecture)
         if context is not None and longest > context:

@@ -19,10 +19,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file, find_adapter_config_file
 
 from raylhf.models.tiny import write_tiny_model
 
+# Transformers would ask a public service to convert pickled weights, and load what that proposes.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
 PACKAGE_PREFIX = "package:"
+SAFE_ADAPTER = "adapter_model.safetensors"
 _POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -65,9 +70,43 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTraine
     return _load(AutoTokenizer.from_pretrained, folder, trust_remote_code=trust_remote_code)
 
 
+def load_weights(loader: Any, folder: str, *, trust_remote_code: bool, **settings: Any) -> Any:
+    """What `loader` (a `from_pretrained`) makes of a model's safetensors; of pickled weights only if they are trusted.
+
+    Raises:
+        ValueError: there are no safetensors, or the model cannot be loaded at all.
+    """
+    if trust_remote_code:
+        return _load(loader, folder, trust_remote_code=True, **settings)
+    require_safetensors(folder)
+    has_adapter = find_adapter_config_file(folder) is not None
+    if has_adapter and not cached_file(folder, SAFE_ADAPTER, _raise_exceptions_for_missing_entries=False):
+        raise ValueError(_only_pickled(folder, f"adapter has no {SAFE_ADAPTER}"))
+    try:
+        return loader(folder, trust_remote_code=False, use_safetensors=True, **settings)
+    except OSError as error:
+        if "safetensors" in str(error):
+            raise ValueError(_only_pickled(folder, "weights are no safetensors")) from error
+        raise _cannot_load(folder, error) from error
+
+
+def require_safetensors(folder: str) -> None:
+    """Raises: ValueError: a folder on this machine has weights in other files alone (names: see `load_weights`)."""
+    if os.path.isdir(folder) and not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(_only_pickled(folder, "weights are no safetensors"))
+
+
+def _only_pickled(folder: str, finding: str) -> str:
+    return (
+        f"model {folder!r}: its {finding}, and pickled weights (pytorch_model.bin and the like) run whatever code "
+        "their author put into them. Give a model with safetensors, convert it where that can do no harm, or set "
+        "trust_remote_code: true if you trust its author"
+    )
+
+
 def load_causal_lm(folder: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model with its language-model head, without dropout, in `dtype`."""
-    model = _load(
+    model = load_weights(
         AutoModelForCausalLM.from_pretrained,
         folder,
         dtype=dtype,
@@ -95,7 +134,7 @@ def load_classifier(
     settings: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if attention is not None:
         settings["attn_implementation"] = attention
-    model, info = _load(
+    model, info = load_weights(
         auto.from_pretrained,
         folder,
         dtype=dtype,
@@ -149,11 +188,15 @@ def _load(loader: Any, folder: str, **settings: Any) -> Any:
     try:
         return loader(folder, **settings)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model {folder!r} cannot be loaded: {reason} Give an existing folder, or a Hugging Face name that this "
-            "machine can reach."
-        ) from error
+        raise _cannot_load(folder, error) from error
+
+
+def _cannot_load(folder: str, error: OSError) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"model {folder!r} cannot be loaded: {reason} Give an existing folder, or a Hugging Face name that this "
+        "machine can reach."
+    )
 
 
 def _cached(name: str, build: Any) -> str:

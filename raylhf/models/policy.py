@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from raylhf.algos.logprobs import logprobs_and_entropy_from_hidden, logprobs_and_kl_from_hidden
-from raylhf.models.load import load_causal_lm, without_dropout
+from raylhf.models.load import load_causal_lm, load_model_config, load_weights, without_dropout
 
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
@@ -139,12 +139,12 @@ def load_policy(
 def load_critic(folder: str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> CriticModel:
     """A critic from a language model (value head at zero) or from a reward model with one output (head taken over)."""
     settings = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_model_config(folder, trust_remote_code=trust_remote_code)
     is_reward_model = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     if not is_reward_model:
-        trunk = AutoModel.from_pretrained(folder, **settings)
+        trunk = load_weights(AutoModel.from_pretrained, folder, **settings)
         return CriticModel(without_dropout(trunk), ValueHead(config.hidden_size, dtype))
-    model = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
+    model = load_weights(AutoModelForSequenceClassification.from_pretrained, folder, **settings)
     if model.config.num_labels != 1:
         raise ValueError(
             f"objective.critic.path {folder!r} has {model.config.num_labels} outputs; a critic starts from a reward "

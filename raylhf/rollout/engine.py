@@ -46,6 +46,7 @@ def engine_arguments(config: RunConfig, model_folder: str) -> dict[str, Any]:
     arguments = {
         "model": model_folder,
         "trust_remote_code": config.model.trust_remote_code,
+        "load_format": "auto" if config.model.trust_remote_code else "safetensors",  # no pickles
         "dtype": config.model.dtype,
         "max_model_len": config.max_model_len,
         "max_num_seqs": rollout.max_num_seqs,
