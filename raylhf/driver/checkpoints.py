@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raylhf.driver.manifest import find_damage, sync, write_manifest
+from raylhf.driver.ownership import require_own_files
 from raylhf.tracking.jsonl import unused_name
 
 _PREFIX, _DAMAGED_PREFIX = "step_", "damaged_"
@@ -32,7 +33,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     of on standard error and renamed (`damaged_step_N`), so that they are neither counted nor taken again.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole. They keep their names.
+        ValueError: there are checkpoints, and none is whole (they keep their names); or others may have written it.
     """
     _finish_replacement(run_dir)
     damaged: list[tuple[Path, str]] = []
@@ -41,6 +42,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
         if finding is None:
             for bad, why in damaged:
                 _set_aside(bad, why, instead=folder)
+            require_own_files(run_dir, folder)
             return folder, json.loads((folder / _STATE_FILE).read_bytes())
         damaged.append((folder, finding))
     if damaged:

@@ -141,7 +141,7 @@ def _complete(target: Path, saved: Shape) -> None:
     for file in target.glob("zero/*/*.pt"):
         if file.stem == "step":
             file.unlink()
-        elif isinstance(tensor := torch.load(file, weights_only=False), Tensor):
+        elif isinstance(tensor := torch.load(file, weights_only=True), Tensor):
             torch.save({"param": tensor}, file)
     groups = [{"params": []} for _ in saved.adam_steps]  # learning rates and the like: those of the settings
     state = {"state": {0: {"step": torch.tensor(saved.adam_steps[0])}}, "param_groups": groups}
@@ -194,7 +194,7 @@ def _load_stage_0(universal: Path, engine: Any, tag: str) -> dict[str, Any]:
 
 def _load_states(file: Path) -> dict[str, Any]:
     """What DeepSpeed writes beside the optimizer's parts, with the client's state in it."""
-    return torch.load(file, map_location="cpu", weights_only=False)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _set_steps(engine: Any, steps: Sequence[float]) -> None:

@@ -254,3 +254,23 @@ def test_files_of_learners_that_the_driver_does_not_see_make_no_checkpoint(tmp_p
     require_files(tmp_path, [["policy/rank_0"]], timeout_s=0)
     with pytest.raises(OSError, match=r"does not see 1 of 2 files that learners wrote, as policy/rank_1"):
         require_files(tmp_path, [["policy/rank_0"], ["policy/rank_0", "policy/rank_1"]], timeout_s=0)
+
+
+def test_a_checkpoint_that_every_user_may_write_is_not_resumed(tmp_path):
+    file = save(tmp_path, 1) / "policy" / "weights"
+    file.chmod(0o666)
+    with pytest.raises(ValueError, match=f"every user may write {file};.*chmod -R o-w"):
+        newest_checkpoint(tmp_path)
+    file.chmod(0o664)
+    assert newest(tmp_path) == "step_1"
+    (tmp_path / "checkpoints").chmod(0o777)
+    with pytest.raises(ValueError, match="every user may write .*/checkpoints;"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_checkpoint_of_another_user_is_not_resumed(tmp_path):
+    file = save(tmp_path, 1) / "policy" / "weights"
+    os.chown(file, 4711, 4711)
+    with pytest.raises(ValueError, match=f"{file} belongs to user 4711"):
+        newest_checkpoint(tmp_path)
