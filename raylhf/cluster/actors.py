@@ -24,6 +24,7 @@ from ray.exceptions import (
 )
 
 from raylhf.failures import BrokenWorkerError, ResponsesLostError
+from raylhf.tracking.redaction import RedactedStream
 
 START_OF_LOG = "--- process"
 """Begins a worker's output; its log goes on over the processes that take each other's place."""
@@ -182,8 +183,7 @@ def _log_to(file: Path) -> None:
         os.dup2(descriptor, stream)
     os.close(descriptor)
     # Ray has put streams of its own in their place, which write elsewhere.
-    sys.stdout = os.fdopen(1, "w", buffering=1, errors="replace", closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, errors="replace", closefd=False)
+    sys.stdout, sys.stderr = RedactedStream(1), RedactedStream(2)
     os.write(2, f"{START_OF_LOG} {os.getpid()} starts at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
     faulthandler.enable(2)
 

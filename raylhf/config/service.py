@@ -106,7 +106,9 @@ def find_service_problems(config: ServiceConfig) -> Iterator[Problem]:
 def _leave_out_the_run(source: Source) -> None:
     """Take out of `source` what is known in a run's file and has no meaning for a service."""
     for name in RunConfig.model_fields.keys() - ServiceConfig.model_fields.keys():
-        overridden = [origin for path, origin in source.origins.items() if path[:1] == (name,) and "override" in origin]
+        overridden = [
+            origin for path, origin in source.origins.items() if path[:1] == (name,) and origin.startswith("override ")
+        ]
         source.problems.extend(
             f"{origin}: {name}: is a run's setting; this command uses {', '.join(ServiceConfig.model_fields)} alone, "
             "so remove the override"

@@ -13,6 +13,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 
 from raylhf.config.errors import ConfigError
 from raylhf.config.schema import Path, dotted
+from raylhf.config.secrets import refuse_secrets
 
 
 @dataclass
@@ -51,11 +52,12 @@ def read_source(path: str | FilePath, overrides: Sequence[str]) -> Source:
     """The file with the overrides put in, each `a.b.c=value` with the value read as YAML.
 
     Raises:
-        ConfigError: the file cannot be read, or is not one mapping of sections.
+        ConfigError: the file cannot be read, is not one mapping of sections, or a setting holds a secret.
     """
     source = _read_file(FilePath(path))
     for override in overrides:
         _apply(source, override)
+    refuse_secrets(source)
     return source
 
 

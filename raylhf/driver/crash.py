@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raylhf.cluster.actors import START_OF_LOG, WorkersLostError
 from raylhf.cluster.pool import Loss
+from raylhf.tracking.redaction import without_secrets
 
 LOGGER = logging.getLogger(__name__)
 FOLDER = "crashes"
@@ -80,7 +81,7 @@ class CrashReporter:
             self._report(name, "", str(error), "all learners go back to the newest checkpoint")
 
     def _report(self, who: str, where: str, reason: str, consequence: str) -> None:
-        moment = self._moment()
+        moment, reason = self._moment(), without_secrets(reason)
         log_file = self._logs / f"{who.replace(' ', '-')}.log"
         kills = out_of_memory_kills() - self._kills_before
         self._kills_before += kills  # each is told of once
@@ -115,21 +116,20 @@ def report_crash(run_folder: Path, crash: Crash) -> Path:
     number = max((int(file.name[:3]) for file in folder.glob("[0-9][0-9][0-9]-*")), default=0) + 1
     file = folder / f"{number:03d}-{crash.who.replace(' ', '-')}.txt"
     lines = last_lines(crash.log_file)
-    file.write_text(
-        "\n".join(
-            [
-                f"who:     {crash.who}" + (f" ({crash.where})" if crash.where else ""),
-                f"when:    {time.strftime('%Y-%m-%d %H:%M:%S')}, while the run did: {crash.phase}",
-                f"step:    {crash.step} steps were done",
-                f"prompts: {', '.join(map(str, crash.prompts)) or 'none under way'}",
-                f"ended:   {how_it_ended(crash, lines)}",
-                f"reason:  {crash.reason.strip()}",
-                f"log:     {crash.log_file or 'none'}; its last lines:",
-                *(f"    {line}" for line in lines),
-                "",
-            ]
-        )
+    report = "\n".join(
+        [
+            f"who:     {crash.who}" + (f" ({crash.where})" if crash.where else ""),
+            f"when:    {time.strftime('%Y-%m-%d %H:%M:%S')}, while the run did: {crash.phase}",
+            f"step:    {crash.step} steps were done",
+            f"prompts: {', '.join(map(str, crash.prompts)) or 'none under way'}",
+            f"ended:   {how_it_ended(crash, lines)}",
+            f"reason:  {crash.reason.strip()}",
+            f"log:     {crash.log_file or 'none'}; its last lines:",
+            *(f"    {line}" for line in lines),
+            "",
+        ]
     )
+    file.write_text(without_secrets(report))
     return file
 
 

@@ -8,6 +8,7 @@ from raylhf.config.service import ServiceConfig
 from raylhf.driver.job import ENVIRONMENT
 from raylhf.driver.train import EXIT_FAILED, EXIT_OK, StopRequest, stop_on_signal
 from raylhf.rewards.endpoint import token_digest
+from raylhf.tracking.redaction import without_secrets
 
 
 def serve_reward(config: ServiceConfig, token: str) -> int:
@@ -23,7 +24,7 @@ def serve_reward(config: ServiceConfig, token: str) -> int:
     except StopRequestedError:
         pass
     except WorkerError as error:
-        print(f"raylhf: {error}", file=sys.stderr)
+        print(without_secrets(f"raylhf: {error}"), file=sys.stderr)
         return EXIT_FAILED
     return EXIT_OK
 

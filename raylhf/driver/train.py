@@ -20,6 +20,7 @@ from raylhf.driver.job import Job, RunContext
 from raylhf.driver.ledger import set_ledger_aside
 from raylhf.driver.scaling import set_request_aside
 from raylhf.tracking import Tracker
+from raylhf.tracking.redaction import without_secrets
 
 EXIT_OK, EXIT_FAILED = 0, 1
 EXIT_CODES = {"complete": EXIT_OK, "over KL budget": 3, "stopped": 130}
@@ -79,7 +80,7 @@ def _train_in(folder: Path, config: AnyRunConfig) -> int:
     except StopRequestedError:
         status = "stopped"
     except (WorkerError, CheckpointError, OSError) as error:
-        sentence = _describe_os_error(folder, error) if isinstance(error, OSError) else str(error)
+        sentence = without_secrets(_describe_os_error(folder, error) if isinstance(error, OSError) else str(error))
         print(f"raylhf: {sentence}", file=sys.stderr)
         moment = Moment(tracker.phase, tracker.step, job.rows_under_way())
         if (report := report_failure(folder, moment, error)) is not None:

@@ -1,22 +1,32 @@
 """Keeps credentials out of what is logged."""
 
-import os
+import io
 import re
 from typing import Any
 
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+from raylhf.config.secrets import secret_values
+
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-MIN_SECRET_LENGTH = 8
-"""Shorter values are ordinary words too often."""
 
 
 def without_secrets(value: Any) -> Any:
     """`value` with credentials in URLs, and the values of secret environment variables, replaced by ***.
 
-    A variable is secret when its name ends in KEY, TOKEN, SECRET or PASSWORD. Lists and dicts are walked.
+    A variable is secret when its name ends in KEY, TOKEN, SECRET, PASSWORD or the like. Lists and dicts are walked.
     """
-    secrets = [v for name, v in os.environ.items() if SECRET_NAME.search(name) and len(v) >= MIN_SECRET_LENGTH]
-    return _redact(value, secrets)
+    return _redact(value, secret_values())
+
+
+class RedactedStream(io.TextIOWrapper):
+    """Text to an open file descriptor, line by line and without secrets; the descriptor stays open at the end."""
+
+    def __init__(self, descriptor: int) -> None:
+        file = io.FileIO(descriptor, "w", closefd=False)
+        super().__init__(io.BufferedWriter(file), encoding="utf-8", errors="replace", line_buffering=True)
+
+    def write(self, text: str, /) -> int:
+        super().write(without_secrets(text))
+        return len(text)
 
 
 def _redact(value: Any, secrets: list[str]) -> Any:

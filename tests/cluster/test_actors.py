@@ -1,4 +1,8 @@
-"""What the driver makes of calls that ended badly."""
+"""What the driver makes of calls that ended badly, and what workers leave in their logs."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -18,3 +22,13 @@ def test_a_worker_that_raises_is_not_lost():
     with pytest.raises(WorkerError, match="learner 1 failed in learning") as caught:
         raise_trouble({"learner 1": FAILED, "learner 0": Outcome({})}, "learning")
     assert not isinstance(caught.value, WorkersLostError)
+
+
+def test_what_a_worker_prints_or_raises_reaches_its_log_without_secrets(tmp_path):
+    program = "import os, sys, pathlib; from raylhf.cluster.actors import _log_to; _log_to(pathlib.Path(sys.argv[1]))"
+    program += "; print('login with', os.environ['SCORES_PASSWORD']); raise ValueError(os.environ['SCORES_PASSWORD'])"
+    environment = {**os.environ, "SCORES_PASSWORD": "zebra-crossing-nineteen"}
+    log = tmp_path / "worker.log"
+    subprocess.run([sys.executable, "-c", program, str(log)], env=environment, timeout=60, check=False)
+    assert "login with ***\n" in log.read_text() and "ValueError: ***\n" in log.read_text()
+    assert "zebra" not in log.read_text()

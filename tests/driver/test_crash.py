@@ -106,3 +106,12 @@ def test_a_report_never_takes_the_place_of_another(reporter, tmp_path):
     (tmp_path / "crashes" / "001-rollout-0.txt").unlink()
     made.worker_lost(loss())
     assert [file.name[:3] for file in sorted((tmp_path / "crashes").iterdir())] == ["002", "003"]
+
+
+def test_no_secret_reaches_the_report_or_the_warning(reporter, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MY_API_TOKEN", "hunter2-hunter2")
+    (tmp_path / "logs" / "rollout-0.log").write_text("GET https://me:pass@host/x with hunter2-hunter2\n")
+    reporter().worker_lost(loss("refused hunter2-hunter2"))
+    text = (tmp_path / "crashes" / "001-rollout-0.txt").read_text()
+    assert "refused ***" in text and "https://***@host/x with ***" in text
+    assert "hunter2" not in text + caplog.text

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from raylhf.tracking.redaction import RedactedStream
 from raylhf.tracking.tracker import Tracker
 
 
@@ -154,6 +155,17 @@ def test_no_secret_of_the_environment_reaches_a_file(tmp_path, run_config, monke
     assert rows_of(tmp_path / "samples.jsonl")[0]["response"] == "say ***"
     assert rows_of(tmp_path / "samples.jsonl")[0]["source"] == ["https://***@host/x"]
     assert json.loads((tmp_path / "summary.json").read_text())["error"] == "no access with ***"
+
+
+def test_what_a_worker_prints_reaches_its_log_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_TOKEN", "hunter2-hunter2")
+    file = (tmp_path / "worker.log").open("wb")
+    stream = RedactedStream(file.fileno())
+    print("login with", "hunter2-hunter2", "at https://me:pass@host/x", file=stream)
+    assert (tmp_path / "worker.log").read_text() == "login with *** at https://***@host/x\n"
+    del stream
+    file.write(b"the descriptor is still open\n")
+    file.close()
 
 
 def test_finish_writes_the_summary_once(tmp_path, run_config, capsys):
