@@ -57,7 +57,7 @@ class Tracker:
         require_metrics(metrics)
         values = {key: float(value) for key, value in metrics.items()}
         if self._wandb is not None:
-            self._wandb.log(step, values)
+            self._wandb.log(step, values | {"tracking/wandb_errors": float(self._wandb.num_errors)})
             values["tracking/wandb_errors"] = float(self._wandb.num_errors)
         self._write(step, values)
         self._console.show_step(step, values)
@@ -65,15 +65,17 @@ class Tracker:
             self.listener(step, values)
 
     def log_histogram(self, step: int, key: str, values: Sequence[float] | np.ndarray) -> None:
-        """Log a distribution: a histogram in W&B, its quantiles in `metrics.jsonl`. What is not finite is left out."""
+        """Log a distribution: its quantiles, and in W&B a histogram as well. What is not finite is left out."""
         require_histogram(key)
         finite = np.asarray(values, dtype=np.float64)
         finite = finite[np.isfinite(finite)]
         if finite.size == 0:
             return
-        self._write(step, {f"{key}_{name}": float(np.quantile(finite, q)) for name, q in QUANTILES.items()})
+        quantiles = {f"{key}_{name}": float(np.quantile(finite, q)) for name, q in QUANTILES.items()}
+        self._write(step, quantiles)
         if self._wandb is not None:
             self._wandb.log_histogram(step, key, finite)
+            self._wandb.log(step, quantiles)
 
     def log_samples(
         self, step: int, rows: Sequence[Mapping[str, Any]], name: Literal["train", "held_out"] = "train"

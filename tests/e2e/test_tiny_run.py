@@ -7,6 +7,7 @@ import pytest
 import torch
 from command_line import REPOSITORY, TEST_S, numbers, undocumented
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb_offline import by_step, history
 
 from raylhf.config.load import load_config
 from raylhf.models.tiny import write_tiny_model
@@ -17,16 +18,6 @@ TIME_LIMIT_S = 360.0
 """Twice the three minutes that are promised, because tests may share their cores: a run of 60 s on two idle cores was
 seen to take 207 s beside another training run."""
 NUM_STEPS = 10
-
-
-@pytest.fixture(scope="session")
-def first(raylhf):
-    return raylhf.run("first")
-
-
-@pytest.fixture(scope="session")
-def second(raylhf):
-    return raylhf.run("second")
 
 
 def weights_of(folder):
@@ -83,6 +74,10 @@ def test_the_run_folder_tells_what_was_run(first):
     samples = first.rows("samples.jsonl")
     assert {(row["step"], row["name"]) for row in samples} >= {(0, "held_out"), (1, "train"), (NUM_STEPS, "held_out")}
     assert all({"prompt", "response", "score"} <= row.keys() for row in samples)
+
+
+def test_every_row_of_the_metrics_file_is_in_the_offline_run_of_wandb(first):
+    assert by_step(history(first.folder)) == first.rows()
 
 
 def test_the_exported_model_is_a_trained_one_that_transformers_loads(first, tmp_path):

@@ -1,46 +1,17 @@
+import base64
 import json
 import os
-import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import wandb
-from wandb.proto import wandb_internal_pb2 as wandb_records
+from wandb_offline import by_step, history, items, metric_rows, records
+from wandb_server import wandb_server
 
 from raylhf.tracking import wandb_run
 from raylhf.tracking.tracker import Tracker
-
-
-def records(run_dir):
-    """The records of every offline run in the folder: LevelDB log framing after a 7-byte header, then protobuf."""
-    wandb.teardown()  # its process may still be writing after finish()
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        data, position, payload = file.read_bytes(), 7, b""
-        while position + 7 <= len(data):
-            if 32768 - position % 32768 < 7:
-                position += 32768 - position % 32768
-                continue
-            _, length, kind = struct.unpack_from("<IHB", data, position)
-            chunk = data[position + 7 : position + 7 + length]
-            payload = chunk if kind in (1, 2) else payload + chunk  # 1 full, 2 first, 3 middle, 4 last
-            position += 7 + length
-            if kind in (1, 4):
-                record = wandb_records.Record()  # pyright: ignore[reportAttributeAccessIssue]
-                record.ParseFromString(payload)
-                yield record
-
-
-def items(records_of_a_kind):
-    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in records_of_a_kind}
-
-
-def history(run_dir):
-    return [items(r.history.item) for r in records(run_dir) if r.WhichOneof("record_type") == "history"]
-
-
-def metric_rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_offline_run_can_be_read_back_and_a_resumed_one_keeps_its_id(tmp_path, run_config):
@@ -53,6 +24,7 @@ def test_an_offline_run_can_be_read_back_and_a_resumed_one_keeps_its_id(tmp_path
     resumed = Tracker(config, tmp_path, 2, num_steps=4)
     resumed.log(2, {"reward/score_mean": 0.5})
     resumed.finish("failed", {})
+    wandb.teardown()  # its process may still be writing after finish()
 
     rows = history(tmp_path)
     assert [(row["step"], row["reward/score_mean"]) for row in rows if "reward/score_mean" in row] == [
@@ -85,6 +57,57 @@ def test_an_offline_run_can_be_read_back_and_a_resumed_one_keeps_its_id(tmp_path
     assert [row["tracking/wandb_errors"] for row in metric_rows(tmp_path)] == [0.0, 0.0]
 
 
+def test_every_row_of_an_offline_run_is_that_of_the_metrics_file_and_histograms_have_all_values(tmp_path, run_config):
+    tracker = Tracker(run_config(wandb="offline"), tmp_path, None, num_steps=4)
+    values = {step: np.random.default_rng(step).normal(size=200) for step in (1, 2, 3)}
+    for step in values:
+        tracker.log(step, {"reward/score_mean": step / 3, "policy/kl_to_ref": 1e-9 * step})
+        tracker.log_histogram(step, "reward/score", values[step])
+        tracker.log_samples(step, [{"response": "Hi"}])
+        tracker.log(step, {"time/save_s": 0.5, "policy/kl_to_ref": float("nan") if step == 2 else 0.25})
+    tracker.finish("completed", {})
+    wandb.teardown()
+    assert by_step(history(tmp_path)) == metric_rows(tmp_path)
+    assert [row["policy/kl_to_ref"] for row in metric_rows(tmp_path)] == [0.25, None, 0.25]
+    for row in history(tmp_path):
+        if "reward/score.bins" in row:
+            counts, edges = np.histogram(values[row["step"]], bins=wandb_run.NUM_BINS)
+            assert row["reward/score.values"] == counts.tolist()
+            np.testing.assert_allclose(row["reward/score.bins"], edges, rtol=1e-12)
+
+
+def test_an_online_run_sends_its_rows_resumes_under_its_id_and_shows_its_key_to_the_server_alone(
+    tmp_path, run_config, monkeypatch
+):
+    wandb.teardown()  # wandb reads its environment once a process
+    key = "0123456789abcdef" * 2 + "01234567"
+    config = run_config(wandb="auto", entity="me")
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for resume_step, steps in ((None, (1, 2)), (2, (2, 3))):  # the second one goes back to a checkpoint
+            tracker = Tracker(config, tmp_path, resume_step, num_steps=4)
+            for step in steps:
+                tracker.log_histogram(step, "reward/score", [0.0, step])
+                tracker.log(step, {"reward/score_mean": step / 3 + (resume_step or 0)})
+            tracker.finish("stopped", {})
+        wandb.teardown()
+    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+    assert {upsert["name"] for upsert in server.upserts()} == {run_id}
+    assert [v["name"] for name, v in server.operations if name == "RunResumeStatus"] == [run_id] * 2
+    assert server.exit_codes == {run_id: [0, 0]}
+    rows = server.history(run_id)
+    assert by_step(rows) == metric_rows(tmp_path)
+    assert [row["reward/score_mean"] for row in metric_rows(tmp_path)] == [1 / 3, 2 / 3 + 2, 3.0]
+    assert metric_rows(tmp_path)[-1]["tracking/wandb_errors"] == 0.0
+    internal = [row["_step"] for row in rows]
+    assert internal == sorted(set(internal)), "W&B drops rows whose step goes back"
+    assert server.keys <= {f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}", f"Bearer {key}", ""}
+    assert len(server.keys) > 1 or server.keys != {""}
+    assert key.encode() not in server.sent and key not in json.dumps(server.headers)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
+
+
 def test_without_a_network_an_online_run_goes_on_offline_and_its_key_is_in_no_file(
     tmp_path, run_config, monkeypatch, caplog
 ):
@@ -96,6 +119,7 @@ def test_without_a_network_an_online_run_goes_on_offline_and_its_key_is_in_no_fi
     tracker = Tracker(run_config(wandb="auto"), tmp_path, None, num_steps=4)
     tracker.log(1, {"reward/score_mean": 0.25})
     tracker.finish("completed", {})
+    wandb.teardown()
     sentences = [record.getMessage() for record in caplog.records if record.name == wandb_run.__name__]
     assert len(sentences) == 2
     assert "127.0.0.1:9" in sentences[0]
