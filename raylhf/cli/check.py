@@ -28,11 +28,12 @@ def run_check(path: str, overrides: Sequence[str], *, with_data: bool) -> int:
     such.
     """
     if (text := _manifests_in(path)) is not None:
-        from raylhf.launch.manifest_checks import find_manifest_problems
+        from raylhf.launch.manifest_checks import find_manifest_problems, unchecked_kinds
 
         if problems := find_manifest_problems(text):
             raise ConfigError([f"{path}: {problem}" for problem in problems])
-        print("no problems found")
+        unchecked = unchecked_kinds(text)
+        print("no problems found" + (f" (not checked: {', '.join(unchecked)})" if unchecked else ""))
         return 0
     config = load_service_config(path, overrides) if _is_service(path) else load_any_config(path, overrides)
     console = Console(highlight=False, soft_wrap=True)

@@ -64,6 +64,8 @@ def _launch_kubernetes(arguments: argparse.Namespace, config: AnyRunConfig) -> i
 
 
 def _launch_local(arguments: argparse.Namespace) -> int:
+    if arguments.join is not None or arguments.rollout is not None or arguments.chain != 1:
+        return _fail("--chain, --join and --rollout are for Slurm")
     load_any_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(shlex.join(["raylhf", "train", arguments.config, *arguments.overrides]))

@@ -160,8 +160,8 @@ def await_nodes(config: ClusterConfig, *, should_stop: Callable[[], bool]) -> No
 
 def missing_nodes() -> list[str]:
     """Hosts that a launcher named in RAYLHF_EXPECTED_NODES and that are not in the cluster."""
-    there = _alive_hosts()
-    return [name for name in os.environ.get(EXPECTED_NODES_VARIABLE, "").split() if name not in there]
+    there = {host.split(".")[0] for host in _alive_hosts()}  # a scheduler's names are short, a host's may be whole
+    return [name for name in os.environ.get(EXPECTED_NODES_VARIABLE, "").split() if name.split(".")[0] not in there]
 
 
 def _alive_hosts() -> list[str]:

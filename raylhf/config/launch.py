@@ -51,14 +51,15 @@ class KubernetesConfig(Settings):
     """What admits the run as a whole; Kueue admits no run whose rollouts the autoscaler changes."""
     queue: str | None = None
     """Queue of that scheduler."""
-    max_retries: int = Field(default=10, ge=0)
-    """Times that KubeRay makes the whole cluster again; the run goes on from its checkpoint."""
+    max_retries: int = Field(default=3, ge=0)
+    """Times that KubeRay makes the whole cluster again after a failure of any kind; the run goes on from its
+    checkpoint."""
+    wait_s: int = Field(default=3600, ge=1)
+    """Longest wait for the pods: nodes may have to be bought, and images pulled."""
     idle_timeout_s: int = Field(default=120, ge=1)
     """A rollout pod without a worker is taken away after this time."""
     grace_s: int = Field(default=300, ge=30)
-    """Time that a pod of the driver gets to save when it is evicted; a step and a checkpoint must take less."""
-    redis: str | None = None
-    """host:port of a Redis that keeps the state of Ray's head (password: key REDIS_PASSWORD of Secret raylhf-redis)."""
+    """Time to save when the driver's pods are evicted or its RayJob is deleted; a step and a checkpoint must take less."""
     egress_ports: tuple[int, ...] = (443, 6443)
     """TCP ports outside of the run that pods may call: model hub and W&B, the API server, remote rewards."""
 

@@ -101,7 +101,9 @@ def judge_versions(here: Mapping[str, str | None], there: Mapping[str, Mapping[s
             if version != expected:
                 finding = f"{package} is {version or 'not installed'}, elsewhere {expected or 'not installed'}"
                 remedy = f"install the same {package} on every node (one image, or one environment on shared storage)"
-                problems.append(Finding("versions", "FAIL", finding, node, remedy))
+                # Patch levels of a driver work together, and no image changes them.
+                status = "warn" if package == CUDA_DRIVER else "FAIL"
+                problems.append(Finding("versions", status, finding, node, remedy))
     main = ", ".join(f"{name} {here[name]}" for name in ("python", "ray", "torch") if here.get(name))
     return or_ok("versions", problems, f"equal on every node and here ({main})")
 
@@ -251,13 +253,19 @@ def judge_rates(rates: Mapping[str, float], problems: Mapping[str, str]) -> list
     return or_ok("bandwidth", failed + slow, f"at least {min(rates.values(), default=0):.2f} GB/s between nodes")
 
 
-def judge_collective(check: str, problems: Mapping[str, str], seconds: float) -> list[Finding]:
-    """An all-reduce over one process a node: `problems` by node, and what it took where there are none."""
+def judge_collective(
+    check: str, problems: Mapping[str, str], seconds: float, *, had_time: bool = True
+) -> list[Finding]:
+    """An all-reduce over one process a node: `problems` by node, and what it took where there are none.
+
+    A failure of one that did not have all of its time (`had_time`) proves nothing.
+    """
     remedy = (
         "look at whether the nodes reach each other on all ports, and that each host name resolves to an address that "
         "the others reach (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME choose the network; NCCL_DEBUG=INFO tells more)"
     )
-    found = [Finding(check, "FAIL", problem, node, remedy) for node, problem in problems.items() if problem]
+    status = "FAIL" if had_time else "warn"
+    found = [Finding(check, status, problem, node, remedy) for node, problem in problems.items() if problem]
     return or_ok(check, found, f"one process a node ({len(problems)}) summed 4 MiB in {1000 * seconds:.1f} ms")
 
 

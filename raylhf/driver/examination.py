@@ -180,9 +180,11 @@ class Examination:
     def _collective(
         self, name: str, build: Callable[[], Any], nodes: list[RayNode], *, num_gpus: float
     ) -> Iterator[Finding]:
-        answers = meet(build, nodes, num_gpus=num_gpus, timeout_s=self._within(COLLECTIVE_S))
+        timeout_s = self._within(COLLECTIVE_S)
+        answers = meet(build, nodes, num_gpus=num_gpus, timeout_s=timeout_s)
         seconds = max((answer.value for answer in answers.values() if not answer.problem), default=0.0)
-        yield from judge_collective(name, {node: answer.problem for node, answer in answers.items()}, seconds)
+        problems = {node: answer.problem for node, answer in answers.items()}
+        yield from judge_collective(name, problems, seconds, had_time=timeout_s == COLLECTIVE_S)
 
     def _drop_silent(self, check: str, answers: dict[str, Answer]) -> Iterator[Finding]:
         silent = {name: answer.problem for name, answer in answers.items() if answer.problem}

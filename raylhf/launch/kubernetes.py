@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ CONFIG_FOLDER, RUNS_FOLDER, MODELS_FOLDER, HOME = "/etc/raylhf", "/runs", "/mode
 USER = 10001
 """User and group in k8s/Containerfile."""
 RUN_LABEL = "raylhf.io/run"
+DRIVER, WORKERS = "raylhf[ ]train", "ray[:]:_(Async)?Host"
+"""Patterns of command lines; neither matches the line that it stands in."""
 KUBECTL_TIMEOUT_S = 60.0
 _LONGEST_NAME = 47  # KubeRay appends to it, and names services after it
 
@@ -151,9 +153,6 @@ def _ray_job(config: AnyRunConfig, groups: Sequence[Group]) -> Document:
             "resources": _amounts({"cpu": "500m", "memory": "1Gi"}),
             "securityContext": _container_security(),
         }
-    if settings.redis is not None:
-        password = {"valueFrom": {"secretKeyRef": {"name": "raylhf-redis", "key": "REDIS_PASSWORD"}}}
-        cluster["gcsFaultToleranceOptions"] = {"redisAddress": settings.redis, "redisPassword": password}
     cluster["headGroupSpec"] = _head_group(config, name)
     cluster["workerGroupSpecs"] = [_worker_group(config, name, group) for group in groups]
     return {
@@ -180,13 +179,14 @@ def _script(config: AnyRunConfig, command: Command, groups: Sequence[Group]) -> 
         f"output_dir={RUNS_FOLDER}",
         "cluster.address=auto",
         f"cluster.num_nodes={1 + sum(group.least for group in groups)}",
+        f"cluster.start_timeout_s={max(config.cluster.start_timeout_s, config.launch.kubernetes.wait_s):g}",
         *(pin for group in groups for pin in group.pins),
     ]
     words = f'{CONFIG_FOLDER}/run.yaml "${{settings[@]}}"'
     lines = ["set -eu", "settings=(", *(f"  {shlex.quote(setting)}" for setting in settings), ")"]
     if config.launch.doctor:
         least_gib = min(config.launch.kubernetes.head_memory_gib, *(group.memory_gib for group in groups))
-        wait_s = f"{config.cluster.start_timeout_s:.0f}"
+        wait_s = config.launch.kubernetes.wait_s
         lines.append(f"raylhf doctor {words} cluster.host_memory_gib={least_gib:g} --wait {wait_s}")  # pods differ
     lines.append(f"exec raylhf train {words}")
     return "".join(f"{line}\n" for line in lines)
@@ -195,7 +195,7 @@ def _script(config: AnyRunConfig, command: Command, groups: Sequence[Group]) -> 
 def _head_group(config: AnyRunConfig, name: str) -> Document:
     settings = config.launch.kubernetes
     # An evicted driver saves; the next one goes on from there.
-    stop = "pkill -USR1 -f 'raylhf[ ]train'; while pgrep -f 'raylhf[ ]train' >/dev/null; do sleep 1; done"
+    stop = f"pkill -USR1 -f '{DRIVER}'; while pgrep -f '{DRIVER}' >/dev/null; do sleep 1; done"
     container = {
         "name": "ray-head",
         "ports": [
@@ -207,17 +207,17 @@ def _head_group(config: AnyRunConfig, name: str) -> Document:
         "resources": _amounts({"cpu": str(settings.head_cpus), "memory": f"{math.ceil(settings.head_memory_gib)}Gi"}),
     }
     template = _template(config, name, container, memory_gib=settings.head_memory_gib, has_gpus=False)
-    template["spec"]["terminationGracePeriodSeconds"] = settings.grace_s
     template["spec"]["volumes"].append({"name": "config", "configMap": {"name": f"{name}-config"}})
     params = _start_params(config, settings.head_memory_gib, **{"num-cpus": "0"})
     return {"rayStartParams": params, "template": template}
 
 
 def _worker_group(config: AnyRunConfig, name: str, group: Group) -> Document:
-    # Ray places nothing more on the node, and the workers' ends are no surprise.
+    # Ray places nothing more here. What is here stays until the driver, which may be evicted as well, has saved.
     stop = (
         "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod ends' "
-        "--deadline-remaining-seconds 20; ray stop"
+        f"--deadline-remaining-seconds {config.launch.kubernetes.grace_s}; "
+        f"while pgrep -f '{WORKERS}' >/dev/null; do sleep 1; done; ray stop"
     )
     amounts = {"cpu": str(group.cpus), "memory": f"{group.memory_gib}Gi"}
     if group.gpus:
@@ -230,7 +230,8 @@ def _worker_group(config: AnyRunConfig, name: str, group: Group) -> Document:
     }
     template = _template(config, name, container, memory_gib=group.memory_gib, has_gpus=bool(group.gpus))
     template["spec"]["automountServiceAccountToken"] = False
-    size: Document = {"replicas": group.num_pods, "minReplicas": group.least, "maxReplicas": group.most}
+    # The fewest come first: more could join before the learners, and be taken for them. The driver asks for the rest.
+    size: Document = {"replicas": group.least, "minReplicas": group.least, "maxReplicas": group.most}
     if group.is_gang:
         size = {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "numOfHosts": group.num_pods}
     elif group.least < group.most:
@@ -282,12 +283,17 @@ def _container(config: AnyRunConfig, stop: str, *, is_head: bool) -> Document:
             {"name": "RAYLHF_CACHE", "value": f"{MODELS_FOLDER}/raylhf"},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
             key("HF_TOKEN"),
-            *([key("WANDB_API_KEY")] if is_head else []),
+            *(_driver_variables(config, key) if is_head else []),
         ],
         "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", stop]}}},
         "securityContext": _container_security(),
         "volumeMounts": mounts,
     }
+
+
+def _driver_variables(config: AnyRunConfig, key: Callable[[str], Document]) -> list[Document]:
+    # Ray kills a job that is stopped (kubectl delete) after 3 s, unless told otherwise.
+    return [key("WANDB_API_KEY"), {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(config.launch.kubernetes.grace_s)}]
 
 
 def _template(config: AnyRunConfig, name: str, container: Document, *, memory_gib: float, has_gpus: bool) -> Document:
@@ -311,6 +317,7 @@ def _template(config: AnyRunConfig, name: str, container: Document, *, memory_gi
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
+            "terminationGracePeriodSeconds": settings.grace_s,
             "containers": [container],
             "volumes": [
                 {"name": "runs", "persistentVolumeClaim": {"claimName": settings.runs_claim}},
@@ -328,11 +335,10 @@ def _network_policy(config: AnyRunConfig, name: str) -> Document:
     everywhere: Document = {}
     operator = {
         "namespaceSelector": everywhere,
-        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}},
     }
     monitoring = {"namespaceSelector": {"matchLabels": {"raylhf.io/monitoring": "true"}}}
     dns = {"namespaceSelector": everywhere, "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}}}
-    redis = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "raylhf-redis"}}}
     outside = {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}  # the cloud's metadata, with its keys
 
     def tcp(*ports: int) -> list[Document]:
@@ -353,7 +359,6 @@ def _network_policy(config: AnyRunConfig, name: str) -> Document:
             "egress": [
                 {"to": [own]},
                 {"to": [dns], "ports": [{"protocol": "UDP", "port": 53}, *tcp(53)]},
-                {"to": [redis], "ports": tcp(6379)},
                 {"to": [outside], "ports": tcp(*config.launch.kubernetes.egress_ports)},
             ],
         },

@@ -1,7 +1,8 @@
 """What is wrong with a file of manifests, in sentences, before a cluster or its operator refuses it.
 
-A RayJob is checked field by field, and by the rules that KubeRay's operator applies after the API server has taken it
-(ray-operator/controllers/ray/utils/validation.go, v1.7.0). Of other kinds, only that they are named.
+A RayJob is checked by its fields down to those of containers and volumes, and by the rules that KubeRay's operator
+applies after the API server has taken it (ray-operator/controllers/ray/utils/validation.go, v1.7.0). Other kinds are
+not checked, but for being named.
 """
 
 import re
@@ -12,8 +13,10 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from raylhf.config.schema import nearest
 from raylhf.launch.manifest_shapes import ClusterSpec, JobSpec, RayJob, WorkerGroup
 
+GATED = ("historyServerOptions", "networkPolicy", "tlsOptions")
 _LEAST_RAY_FOR_TOKENS = (2, 52)
 _LEAST_RAY_FOR_PRIORITY = (2, 56)
 
@@ -21,6 +24,12 @@ _LEAST_RAY_FOR_PRIORITY = (2, 56)
 def is_manifest(text: str) -> bool:
     """Whether the text looks like manifests, and not like a config."""
     return re.search(r"^apiVersion:", text, re.MULTILINE) is not None
+
+
+def unchecked_kinds(text: str) -> list[str]:
+    """Kinds in the text of which nothing is known here."""
+    documents = YAML(typ="safe").load_all(text)
+    return sorted({document["kind"] for document in documents if document} - {"RayJob"})
 
 
 def find_manifest_problems(text: str) -> list[str]:
@@ -44,12 +53,21 @@ def _problems_of(document: Any) -> list[str]:
     if not name:
         return [f"{what}: metadata.name is missing"]
     if document["kind"] != "RayJob":
-        return []
+        near = nearest(document["kind"], ["RayJob", "RayCluster", "RayService", "RayCronJob"])
+        is_misspelt = str(document["apiVersion"]).startswith("ray.io/") and near != document["kind"]
+        return [f"{what}: there is no such kind; did you mean {near or 'RayJob'!r}?"] if is_misspelt else []
     try:
-        job = RayJob.model_validate(document)
+        job = RayJob.model_validate(_without_nulls(document))
     except ValidationError as error:
         return [f"{what}: {_dotted(e['loc'])}: {_sentence(dict(e))}" for e in error.errors()]
     return [f"{what}: {problem}" for problem in (*_name_problems(job), *_job_problems(job.spec))]
+
+
+def _without_nulls(value: Any) -> Any:
+    """As the API server takes it."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
@@ -87,9 +105,12 @@ def _job_problems(spec: JobSpec) -> Iterator[str]:
         for field in ("submitterPodTemplate", "submitterConfig", "clusterSelector"):
             if getattr(spec, field) is not None:
                 yield f"spec.{field} cannot be used with SidecarMode; remove it"
-        if spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy not in (None, "Never"):
+        if spec.rayClusterSpec and spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy not in (None, "Never"):
             yield "the head's restartPolicy must be Never or unset with SidecarMode"
-    yield from _cluster_problems(spec.rayClusterSpec)
+    if spec.rayClusterSpec is not None:
+        yield from _cluster_problems(spec.rayClusterSpec)
+    elif not spec.clusterSelector:
+        yield "spec.rayClusterSpec is missing (or spec.clusterSelector, for a cluster that is there)"
 
 
 def _cluster_problems(spec: ClusterSpec) -> Iterator[str]:
@@ -110,6 +131,9 @@ def _cluster_problems(spec: ClusterSpec) -> Iterator[str]:
         yield f"authOptions.mode token needs rayVersion 2.52 or newer, and it is {spec.rayVersion or 'not set'}"
     if not spec.authOptions or spec.authOptions.mode != "token":
         yield "authOptions.mode is not token: whoever reaches a pod could run code in all of them"
+    for field in GATED:
+        if field in (spec.model_extra or {}):
+            yield f"{field} works only where KubeRay's feature gate for it is on; it is off by default"
     yield from _autoscaler_problems(spec, ray)
     yield from _head_state_problems(spec)
 
@@ -148,6 +172,8 @@ def _autoscaler_problems(spec: ClusterSpec, ray: tuple[int, ...]) -> Iterator[st
 
 def _head_state_problems(spec: ClusterSpec) -> Iterator[str]:
     variables = {env.name for container in spec.headGroupSpec.template.spec.containers for env in container.env}
+    if "REDIS_USERNAME" in variables:
+        yield "REDIS_USERNAME is set; use gcsFaultToleranceOptions.redisUsername alone"
     if spec.gcsFaultToleranceOptions is None:
         if "RAY_REDIS_ADDRESS" in variables:
             yield "RAY_REDIS_ADDRESS is set without gcsFaultToleranceOptions; use gcsFaultToleranceOptions.redisAddress"

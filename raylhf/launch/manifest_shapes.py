@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from raylhf.config.schema import nearest
 
-Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]|[KMGTP]i)?$")] | int
+Quantity = Annotated[str, Field(pattern=r"^(\d+\.?\d*|\.\d+)([num]|[kMGTPE]|[KMGTPE]i|[eE]-?\d+)?$")] | int
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Texts = dict[str, str]
 
@@ -29,7 +29,7 @@ class Part(BaseModel):
 
 
 class Metadata(Part):
-    FREE = "generateName finalizers ownerReferences"
+    FREE = "creationTimestamp finalizers generateName generation managedFields ownerReferences resourceVersion uid"
     name: Name
     namespace: Name | None = None
     labels: Texts = {}
@@ -136,12 +136,20 @@ class PodSpec(Part):
 
     @model_validator(mode="after")
     def _require_volumes(self) -> "PodSpec":
-        there = {volume.name for volume in self.volumes}
+        there = [volume.name for volume in self.volumes]
+        _refuse_twice("volumes are", there)
+        _refuse_twice("containers are", [container.name for container in (*self.initContainers, *self.containers)])
         for container in (*self.initContainers, *self.containers):
+            _refuse_twice(f"mounts of {container.name} are", [mount.mountPath for mount in container.volumeMounts])
             for mount in container.volumeMounts:
                 if mount.name not in there:
                     raise ValueError(f"container {container.name} mounts {mount.name!r}, which is not among volumes")
         return self
+
+
+def _refuse_twice(what: str, names: list[str]) -> None:
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two {what} called {', '.join(sorted(twice))}")
 
 
 class PodTemplate(Part):
@@ -164,7 +172,7 @@ class WorkerGroup(Part):
     minReplicas: Annotated[int, Field(ge=0)] = 0
     maxReplicas: Annotated[int, Field(ge=0)] = 2_147_483_647
     numOfHosts: Annotated[int, Field(ge=1)] = 1
-    idleTimeoutSeconds: int | None = None
+    idleTimeoutSeconds: Annotated[int, Field(ge=0)] | None = None
     priority: int | None = None
     suspend: bool | None = None
     labels: Texts = {}
@@ -195,7 +203,7 @@ class HeadStateOptions(Part):
 
 class ClusterSpec(Part):
     FREE = "headServiceAnnotations historyServerOptions managedBy networkPolicy suspend tlsOptions upgradeStrategy"
-    rayVersion: str | None = None
+    rayVersion: Annotated[str, Field(pattern=r"^\d+\.\d+(\.\d+)?")] | None = None
     authOptions: AuthOptions | None = None
     enableInTreeAutoscaling: bool | None = None
     autoscalerOptions: AutoscalerOptions | None = None
@@ -205,22 +213,20 @@ class ClusterSpec(Part):
 
 
 class JobSpec(Part):
-    FREE = (
-        "entrypointNumCpus entrypointNumGpus entrypointResources jobId managedBy metadata preRunningDeadlineSeconds "
-        "runtimeEnvYAML"
-    )
+    FREE = "entrypointNumCpus entrypointNumGpus entrypointResources jobId managedBy metadata runtimeEnvYAML"
     entrypoint: str
     submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"] = "K8sJobMode"
     shutdownAfterJobFinishes: bool = False
     ttlSecondsAfterFinished: int | None = None
     activeDeadlineSeconds: int | None = None
+    preRunningDeadlineSeconds: Annotated[int, Field(ge=1)] | None = None
     backoffLimit: int | None = None
     suspend: bool | None = None
     clusterSelector: Texts | None = None
     submitterConfig: dict[str, Any] | None = None
     submitterPodTemplate: dict[str, Any] | None = None
     deletionStrategy: dict[str, Any] | None = None
-    rayClusterSpec: ClusterSpec
+    rayClusterSpec: ClusterSpec | None = None
 
 
 class RayJob(Part):

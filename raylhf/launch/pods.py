@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from raylhf.config.placement import EPSILON, Role, reserved_roles, roles_of
 from raylhf.config.run import AnyRunConfig, RunConfig
 
+POD_SHARE = 0.9
+"""Of a node's memory, what its pods of learners or rollouts may take together."""
 PIN = 0.001
 """What a worker takes of its group's custom resource, of which a pod has 1."""
 
@@ -79,7 +81,10 @@ def _singles(config: RunConfig, role: Role) -> Iterator[Group]:
 
 
 def _size(config: AnyRunConfig, role: Role, num_workers: int) -> tuple[int, int, int]:
-    """CPUs, GPUs and GiB of a pod with so many workers; of a node's memory the share that it takes of the rest."""
+    """CPUs, GPUs and GiB of a pod with so many workers; of a node's memory the share that it takes of the rest.
+
+    Kubernetes keeps a part of each node to itself, and the run's small pods must lie somewhere as well.
+    """
     cluster = config.cluster
     cpus = max(math.ceil(num_workers * role.num_cpus - EPSILON), 1)
     gpus = math.ceil(num_workers * role.num_gpus - EPSILON)
@@ -89,4 +94,4 @@ def _size(config: AnyRunConfig, role: Role, num_workers: int) -> tuple[int, int,
             "GPUs (cluster.cpus_per_node, cluster.gpus_per_node); lower what it asks for, or describe larger nodes"
         )
     share = max(cpus / cluster.cpus_per_node, gpus / max(cluster.gpus_per_node, 1))
-    return cpus, gpus, max(math.floor(share * cluster.host_memory_gib), 1)
+    return cpus, gpus, max(math.floor(share * POD_SHARE * cluster.host_memory_gib), 1)

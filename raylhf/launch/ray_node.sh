@@ -13,13 +13,15 @@ fail() { printf 'raylhf: %s: %s\n' "$(hostname)" "$*" >&2; exit 1; }
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 [ -n "${RAY_AUTH_TOKEN_PATH:-}" ] || fail "RAY_AUTH_TOKEN_PATH names no file; make one: (umask 077; od -An -tx1 -N32 /dev/urandom | tr -d ' \n' >FILE)"
 [ -s "$RAY_AUTH_TOKEN_PATH" ] || fail "the token file $RAY_AUTH_TOKEN_PATH is empty or not visible here; it must lie on storage that every node sees"
-[ "$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" = 600 ] || fail "others may read $RAY_AUTH_TOKEN_PATH; chmod 600 it"
+[[ "$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" = [46]00 ]] || fail "others may read $RAY_AUTH_TOKEN_PATH; chmod 600 it"
 
 ulimit -Sn "$(ulimit -Hn)" # Ray holds a socket for each pair of processes
 
 port_base=${RAYLHF_PORT_BASE:-10000}
-node_ip=${RAYLHF_NODE_IP:-$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 {print $1}')}
-[ -n "$node_ip" ] || fail "this host's name has no IPv4 address; set RAYLHF_NODE_IP"
+# Debian gives a host's own name 127.0.1.1, which other nodes would take for themselves.
+own_addresses() { getent ahostsv4 "$(hostname)"; hostname -I | tr ' ' '\n'; }
+node_ip=${RAYLHF_NODE_IP:-$(own_addresses | awk '/^[0-9.]+ ?/ { if (!/^127\./) { print $1; found = 1; exit } if (!own) own = $1 } END { if (!found) print own }')}
+[ -n "$node_ip" ] || fail "this host has no IPv4 address; set RAYLHF_NODE_IP"
 
 num_cpus=${RAYLHF_NUM_CPUS:-${SLURM_CPUS_ON_NODE:-}}
 num_gpus=${RAYLHF_NUM_GPUS:-${SLURM_GPUS_ON_NODE:-${SLURM_JOB_ID:+0}}}

@@ -92,6 +92,11 @@ def _require_parts(config: AnyRunConfig, join: Join | None) -> None:
     rollout_nodes, num_nodes = config.launch.slurm.rollout_nodes, config.cluster.num_nodes
     if rollout_nodes and not isinstance(config, RunConfig):
         raise ValueError("launch.slurm.rollout_nodes: this run samples nothing; leave it at 0")
+    if rollout_nodes and isinstance(config, RunConfig) and config.weight_transfer == "ipc":
+        raise ValueError(
+            "launch.slurm.rollout_nodes: rollout and learner share a GPU in this run and cannot be on nodes apart; "
+            "leave it at 0, or give rollout.num_gpus whole GPUs"
+        )
     if rollout_nodes >= num_nodes:
         raise ValueError(
             f"launch.slurm.rollout_nodes={rollout_nodes} of cluster.num_nodes={num_nodes} leaves no node for the "

@@ -50,6 +50,8 @@ class WandbRun:
             "config": settings,
         }
         self._run: wandb.Run | None = None
+        if key := os.environ.get("WANDB_API_KEY"):  # of a Secret made from a file, with the file's last line break
+            os.environ["WANDB_API_KEY"] = key.strip()
         mode = wandb_mode(config.wandb)
         self._attempt("start online" if mode == "online" else "start", lambda: self._start(mode))
         if self._run is None and mode == "online":

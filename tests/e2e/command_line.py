@@ -34,6 +34,13 @@ CALL_METRICS = re.compile(r"(reward|eval)/source/.*_score_(mean|std)")
 """Statistics that are put together from calls. Which requests share a call depends on when they come, and with it the
 last bits."""
 
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_ThisIsNoTokenOfAnybodysAtAllXXXXXX",
+    "RAYLHF_REWARD_TOKEN": "a-token-of-thirty-two-characters",
+    "MY_REWARD_PASSWORD": "correct-horse-battery-staple",
+}
+
 
 @dataclass
 class Command:

@@ -4,15 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command_line import Command, CommandLine
+from command_line import SECRETS, Command, CommandLine
 from wandb_server import WandbServer, wandb_server
-
-SECRETS = {
-    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
-    "HF_TOKEN": "hf_ThisIsNoTokenOfAnybodysAtAllXXXXXX",
-    "RAYLHF_REWARD_TOKEN": "a-token-of-thirty-two-characters",
-    "MY_REWARD_PASSWORD": "correct-horse-battery-staple",
-}
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """A whole run with secrets in its environment: where they are afterwards, and what arrives at W&B."""
 
 import pytest
-from command_line import TEST_S
-from conftest import SECRETS
+from command_line import SECRETS, TEST_S
 from wandb_offline import by_step
 
 pytestmark = pytest.mark.timeout(TEST_S)

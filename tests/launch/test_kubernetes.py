@@ -77,7 +77,8 @@ def test_a_cluster_would_take_them(overlay: str, ray_job_definition: Definition)
 @pytest.mark.parametrize("overlay", NAMES)
 def test_no_pod_has_more_rights_than_it_needs(overlay: str) -> None:
     documents = built(overlay)
-    assert {document["metadata"].get("namespace", "raylhf") for document in documents} == {"raylhf"}
+    free = {"Namespace", "ResourceFlavor", "ClusterQueue", "Queue"}  # of the whole cluster
+    assert {d["metadata"]["namespace"] for d in documents if d["kind"] not in free} == {"raylhf"}
     job = job_of(documents)
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
@@ -108,11 +109,11 @@ def test_learners_are_a_gang_and_rollouts_grow_and_shrink() -> None:
     learner, rollout = groups(job)["learner"], groups(job)["rollout"]
     assert (learner["minReplicas"], learner["maxReplicas"], learner["numOfHosts"]) == (1, 1, 1)
     assert "idleTimeoutSeconds" not in learner
-    assert (rollout["minReplicas"], rollout["replicas"], rollout["maxReplicas"]) == (1, 2, 8)
+    assert (rollout["minReplicas"], rollout["replicas"], rollout["maxReplicas"]) == (1, 1, 8)
     assert rollout["idleTimeoutSeconds"] == 120
     assert job["spec"]["rayClusterSpec"]["autoscalerOptions"]["version"] == "v2"
     limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in (learner, rollout)]
-    assert [(limit["nvidia.com/gpu"], limit["memory"]) for limit in limits] == [("4", "256Gi"), ("2", "128Gi")]
+    assert [(limit["nvidia.com/gpu"], limit["memory"]) for limit in limits] == [("4", "230Gi"), ("2", "115Gi")]
 
 
 def test_pods_hold_the_workers_of_the_config() -> None:
@@ -140,7 +141,7 @@ def test_the_driver_runs_what_was_given(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     doctor, train = (words.split("\n")[:-1] for words in done.stdout.split("--\n")[:2])
     assert (doctor[0], train[0]) == ("doctor", "train")
-    assert doctor[1:] == [*train[1:], "cluster.host_memory_gib=8", "--wait", "600"]
+    assert doctor[1:] == [*train[1:], "cluster.host_memory_gib=7", "--wait", "3600"]
     assert {"rollout.max_replicas=8", "cluster.address=auto", "cluster.num_nodes=5", "output_dir=/runs"} <= set(train)
 
 
@@ -178,11 +179,14 @@ MUTATIONS: list[tuple[str, Callable[[Document], object], str, bool]] = [
         False,
     ),
     (
-        "Redis twice",
+        "Redis by hand",
         lambda j: next(ray_containers(j))["env"].append({"name": "RAY_REDIS_ADDRESS", "value": "x"}),
-        "RAY_REDIS_ADDRESS is set beside",
+        "RAY_REDIS_ADDRESS is set without",
         False,
     ),
+    ("volume twice", lambda j: _group(j)["template"]["spec"]["volumes"].append({"name": "tmp"}), "called tmp", False),
+    ("no cluster", lambda j: j["spec"].pop("rayClusterSpec"), "rayClusterSpec is missing", False),
+    ("gate", lambda j: j["spec"]["rayClusterSpec"].update(tlsOptions={"enabled": True}), "feature gate", False),
     ("name", lambda j: j["metadata"].update(name="8b"), "must begin with a letter", False),
 ]
 
@@ -215,6 +219,19 @@ def test_the_definition_agrees_about_what_it_knows(ray_job_definition: Definitio
     rules = copy.deepcopy(whole)
     rules["spec"]["deletionStrategy"] = {"onSuccess": {"policy": "DeleteSelf"}}
     assert "BOTH onSuccess and onFailure" in ray_job_definition.problems(rules)[0]  # a CEL rule
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "words"), [("RayJobb", 2, "did you mean 'RayJob'"), ("ConfigMap", 0, "(not checked: ConfigMap)")]
+)
+def test_what_is_not_checked_is_said(
+    kind: str, code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = "ray.io/v1" if code else "v1"
+    (tmp_path / "x.yaml").write_text(f"apiVersion: {version}\nkind: {kind}\nmetadata: {{name: a}}\n")
+    assert main(["check", str(tmp_path / "x.yaml")]) == code
+    output = capsys.readouterr()
+    assert words in output.out + output.err
 
 
 @pytest.mark.parametrize("overlay", NAMES)

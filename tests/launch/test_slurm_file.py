@@ -60,6 +60,7 @@ def test_the_doctor_comes_before_the_training_unless_it_is_switched_off(
 STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
     "scontrol": 'case $1 in show) echo localhost ;; requeue) echo "requeue $2" >>"$CALLS"; kill "$PPID" ;; esac',
+    "hostname": 'if [ "${1:-}" = -I ]; then echo 127.0.0.1; else echo localhost; fi',
     "raylhf": (
         'echo "$1" >>"$CALLS"\n[ "$1" = train ] && exit 0\n'
         '[ -z "${HANG:-}" ] || { touch "$CALLS.hangs"; exec sleep 30; }\nexit "$DOCTOR"'
@@ -147,6 +148,12 @@ def test_rollout_nodes_of_a_run_that_samples_nothing_are_refused(capsys: pytest.
     arguments = ["launch", "slurm", str(CONFIGS / "sft.yaml"), "--dry-run", "launch.slurm.rollout_nodes=1"]
     assert main(arguments) == 2
     assert "samples nothing" in capsys.readouterr().err
+
+
+def test_what_shares_a_gpu_gets_no_nodes_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["cluster.num_nodes=2", "launch.slurm.rollout_nodes=1"]
+    assert main(["launch", "slurm", str(CONFIGS / "gpu_1x_0.5b.yaml"), "--dry-run", *settings]) == 2
+    assert "cannot be on nodes apart" in capsys.readouterr().err
 
 
 def test_without_sbatch_the_file_is_written_and_named(
