@@ -59,7 +59,7 @@ class KubernetesConfig(Settings):
     idle_timeout_s: int = Field(default=120, ge=1)
     """A rollout pod without a worker is taken away after this time."""
     grace_s: int = Field(default=300, ge=30)
-    """Time to save when the driver's pods are evicted or its RayJob is deleted; a step and a checkpoint must take less."""
+    """Time to save when pods are evicted or the RayJob is deleted; a step and a checkpoint must take less."""
     egress_ports: tuple[int, ...] = (443, 6443)
     """TCP ports outside of the run that pods may call: model hub and W&B, the API server, remote rewards."""
 
