@@ -60,6 +60,7 @@ def test_the_doctor_comes_before_the_training_unless_it_is_switched_off(
 STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
     "scontrol": 'case $1 in show) echo localhost ;; requeue) echo "requeue $2" >>"$CALLS"; kill "$PPID" ;; esac',
+    "apptainer": 'echo "$@" >>"$CALLS.image"\nshift 2\nexec "$@"',
     "hostname": 'if [ "${1:-}" = -I ]; then echo 127.0.0.1; else echo localhost; fi',
     "raylhf": (
         'echo "$1" >>"$CALLS"\n[ "$1" = train ] && exit 0\n'
@@ -81,6 +82,19 @@ def job_with_free_port() -> int:
     raise AssertionError("none of 79 ports is free")
 
 
+def started_job(folder: Path, variables: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """The batch script among stand-ins, which note their calls in `calls`; its output goes to `out`."""
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    settings = {"RAYLHF_SCRIPTS": str(folder), "RAYLHF_JOB_FOLDER": str(folder), "CALLS": str(folder / "calls")}
+    settings |= {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "localhost"}
+    settings |= {"SLURM_JOB_ID": str(job_with_free_port())}
+    command = ["bash", str(SCRIPTS / "slurm.sbatch"), "config.yaml"]
+    with (folder / "out").open("w") as out:
+        return subprocess.Popen(command, env=settings | variables, stdout=out, stderr=out)
+
+
 @pytest.mark.parametrize(
     ("variables", "is_signalled", "calls", "sentence"),
     [
@@ -93,16 +107,7 @@ def job_with_free_port() -> int:
 def test_the_job_trains_only_where_the_doctor_finds_nothing(
     tmp_path: Path, variables: dict[str, str], is_signalled: bool, calls: list[str], sentence: str
 ) -> None:
-    for name, text in STAND_INS.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    job, file = job_with_free_port(), tmp_path / "calls"
-    settings = {"RAYLHF_SCRIPTS": str(tmp_path), "RAYLHF_JOB_FOLDER": str(tmp_path), "SLURM_JOB_ID": str(job)}
-    settings |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "localhost", "CALLS": str(file)}
-    with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen(
-            ["bash", str(SCRIPTS / "slurm.sbatch"), "config.yaml"], env=settings | variables, stdout=out, stderr=out
-        )
+    process, file = started_job(tmp_path, variables), tmp_path / "calls"
     try:
         deadline = time.monotonic() + 60
         while is_signalled and not Path(f"{file}.hangs").exists():
@@ -119,7 +124,18 @@ def test_the_job_trains_only_where_the_doctor_finds_nothing(
     assert (code == 0) == (calls[-1] == "train")
 
 
-def test_an_image_wraps_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_step_of_a_job_runs_in_its_image(tmp_path: Path) -> None:
+    process = started_job(tmp_path, {"DOCTOR": "0", "RAYLHF_WRAPPER": "apptainer exec raylhf.sif"})
+    try:
+        assert process.wait(timeout=60) == 0, (tmp_path / "out").read_text()
+    finally:
+        process.kill()
+    in_image = [line.split() for line in (tmp_path / "calls.image").read_text().splitlines()]
+    assert [words[:2] for words in in_image] == [["exec", "raylhf.sif"]] * 3
+    assert [words[3 if words[2] == "raylhf" else 2] for words in in_image] == ["bash", "doctor", "train"]
+
+
+def test_an_image_is_given_to_the_tool_that_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "apptainer exec --nv" in rendered(capsys, "launch.slurm.image=raylhf.sif")
     text = rendered(capsys, "launch.slurm.image=raylhf.sqsh", "launch.slurm.image_tool=pyxis")
     assert "--container-image=raylhf.sqsh" in text
