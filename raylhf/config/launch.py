@@ -39,7 +39,7 @@ class KubernetesConfig(Settings):
     """PersistentVolumeClaim for the runs' folders; every pod mounts it, so it must be ReadWriteMany."""
     models_claim: str = "raylhf-models"
     """PersistentVolumeClaim for the cache of models and data sets, ReadWriteMany too."""
-    secret: str = "raylhf-secrets"
+    secret_name: str = "raylhf-secrets"
     """Secret with WANDB_API_KEY and HF_TOKEN, each of which may be missing."""
     head_cpus: int = Field(default=4, ge=1)
     """CPUs of the head's pod, where the driver runs and no worker."""

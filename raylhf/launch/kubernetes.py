@@ -266,7 +266,7 @@ def _container_security() -> Document:
 
 
 def _container(config: AnyRunConfig, stop: str, *, is_head: bool) -> Document:
-    secret = config.launch.kubernetes.secret
+    secret = config.launch.kubernetes.secret_name
 
     def key(name: str) -> Document:
         return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, "optional": True}}}
