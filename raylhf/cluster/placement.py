@@ -65,12 +65,16 @@ class RolePlacement:
         return sum(1 for _ in itertools.takewhile(self.take, range(self._role.replicas)))
 
     def take(self, number: int) -> bool:
-        """Whether worker `number` has its place by now. It stays asked for from now on, until it is given back."""
+        """Whether worker `number` has its place by now. It stays asked for from now on, until it is given back.
+
+        The first time waits a moment, in which Ray reserves what is free.
+        """
         if not self._bundle or number < self._role.num_staying:
             return True
-        if number not in self._apart:
-            self._apart[number] = self._reserve(1)
-        return self._apart[number].wait(0)
+        if number in self._apart:
+            return self._apart[number].wait(0)
+        self._apart[number] = self._reserve(1)
+        return self._apart[number].wait(SLICE_S)
 
     def give_back(self, number: int) -> None:
         """Free what worker `number` has or is asked for, unless its place is one of those that stay."""
