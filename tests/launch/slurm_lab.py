@@ -74,7 +74,7 @@ class SlurmLab:
         self._start_host(CONTROL, "slurmctld -D -c")
         for node in self.nodes:
             self.start_node(node)
-        self.until(lambda: self._num_idle() == len(self.nodes), "idle nodes", timeout_s=60)
+        self.until(lambda: self.num_idle() == len(self.nodes), "idle nodes", timeout_s=60)
 
     def start_node(self, node: str) -> None:
         """Switch a node on."""
@@ -130,7 +130,7 @@ class SlurmLab:
         logs = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
 
-    def _num_idle(self) -> int:
+    def num_idle(self) -> int:
         return self.run(["sinfo", "-h", "-N", "-o", "%T"]).split().count("idle")
 
     def _start_host(self, name: str, daemon: str, own: str = "true") -> None:

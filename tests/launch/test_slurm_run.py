@@ -68,13 +68,16 @@ def until_step(lab: SlurmLab, run: Path, step: int) -> None:
         raise
 
 
-def restart_now(lab: SlurmLab, job: str, num_restarts: int) -> None:
-    """Slurm waits two minutes before it starts a job again; not here."""
+def until_queued_again(lab: SlurmLab, job: str, num_restarts: int) -> None:
     lab.until(
         lambda: lab.job(job)["Restarts"] == str(num_restarts) and lab.job(job)["JobState"] == "PENDING",
         f"restart {num_restarts}",
         timeout_s=240,
     )
+
+
+def start_now(lab: SlurmLab, job: str) -> None:
+    """Slurm waits two minutes before it starts a job again; not here."""
     lab.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
 
 
@@ -90,7 +93,8 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: Slur
     assert [stat.S_IMODE(token.stat().st_mode) for token in tokens] == [0o600]
     secret = tokens[0].read_text()
     lab.run(["scancel", "--batch", "--signal=USR1", job])
-    restart_now(lab, job, 1)
+    until_queued_again(lab, job, 1)
+    start_now(lab, job)
     saved = step_of(run)
     assert 2 <= saved < NUM_STEPS
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
@@ -98,8 +102,10 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: Slur
     until_step(lab, run, saved + 1)
     node = lab.job(job)["NodeList"].removeprefix("node[").split(",")[-1].split("-")[-1].rstrip("]")
     lab.kill_node(f"node{node}")  # the last of the job's nodes, on which the driver is not
-    restart_now(lab, job, 2)
+    until_queued_again(lab, job, 2)
     lab.start_node(f"node{node}")
+    lab.until(lambda: lab.num_idle() == len(lab.nodes), "idle nodes", timeout_s=60)
+    start_now(lab, job)
     lab.until(lambda: is_over(lab, job), "end of the job", timeout_s=600)
     print(output_of(run))
     assert lab.job(job)["JobState"] == "COMPLETED"
