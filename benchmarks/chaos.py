@@ -70,7 +70,7 @@ TINY_ONLINE_DPO = (
     "rollout.group_size=4",
     "rollout.sampling.max_response_tokens=12",
     "rollout.threads=1",
-    "learner.micro_batch_size=4",
+    "learner.micro_batch_tokens=320",
     "learner.lr=1e-3",
     "learner.lora=null",
 )

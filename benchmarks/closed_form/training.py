@@ -23,7 +23,7 @@ LEARNER: Settings = {
     "lr_schedule": "linear",
     "adam_betas": (0.9, 0.95),
     "max_grad_norm": 10.0,
-    "micro_batch_size": 512,
+    "micro_batch_tokens": 8192,
 }
 """Of every run."""
 

@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
         "lr": 2e-4,
         "lr_schedule": "linear",
         "zero_stage": 0,
-        "micro_batch_size": 12,
+        "micro_batch_tokens": 4096,
         "threads": 2,
         "num_cpus": 1,
     },

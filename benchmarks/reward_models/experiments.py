@@ -51,7 +51,7 @@ class Experiment:
                 "lr": self.lr,
                 "lr_schedule": "linear",
                 "zero_stage": 0,
-                "micro_batch_size": 40,
+                "micro_batch_tokens": 8192,
                 "threads": 2,
                 "num_cpus": 1,
             },

@@ -4,6 +4,9 @@ Policy, old policy and reference must all use the temperature that the response 
 the ratio compare distributions that nobody sampled from.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -32,17 +35,80 @@ def logprobs_and_entropy_from_hidden(
     """`token_logprobs` [N] and `entropy` [N] of linear(hidden, lm_head_weight), without ever holding [N, V] logits.
 
     hidden [N, D], lm_head_weight [V, D], tokens [N] (long). At most [chunk_size, V] logits exist at a time: each chunk
-    is recomputed in the backward pass. Select the response positions before flattening, so that no logits are spent on
-    prompts and padding. The product runs in the weight's dtype; pass an fp32 weight for an fp32 head. The weight must
-    still hold its values in the backward pass (under ZeRO-3: stay gathered until then).
+    is computed again in the backward pass. Select the response positions before flattening, so that no logits are spent
+    on prompts and padding. The product runs in the weight's dtype; pass an fp32 weight for an fp32 head. The weight
+    must still hold its values in the backward pass (under ZeRO-3: stay gathered until then).
     """
-    chunks = [
-        # use_reentrant=False also gives the weight its gradient when `hidden` needs none; nothing here is random.
-        checkpoint(_chunk, *chunk, lm_head_weight, temperature, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
-    ]
-    logprobs, entropies = zip(*chunks, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return _ChunkedLogprobs.apply(hidden, lm_head_weight, tokens, temperature, chunk_size)  # type: ignore[return-value]
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """The gradients by hand: of z = logits / temperature with p = softmax(z), log p_t has e_t - p, and the entropy H
+    has -p (log p + H). A few passes over each chunk's logits then do what autograd would do in many."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, tokens)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        parts = [
+            (_gather(log_probs, own), _entropy(log_probs))
+            for log_probs, own in _chunks(hidden, weight, tokens, temperature, chunk_size)
+        ]
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is differentiated itself
+            return (*_differentiable_slopes(hidden, weight, tokens, ctx.temperature, slopes), None, None, None)
+        of_logprobs, of_entropies = slopes
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        start = 0
+        for log_probs, own in _chunks(hidden, weight, tokens, ctx.temperature, ctx.chunk_size):
+            part = slice(start, start + len(own))
+            start += len(own)
+            scale = torch.zeros_like(own, dtype=torch.float32) if of_logprobs is None else of_logprobs[part]
+            if of_entropies is None:
+                grad = log_probs.exp_().mul_(-scale[:, None])
+            else:
+                probs = log_probs.exp()
+                entropies = _entropy(log_probs)[:, None]
+                # -p (log p + H) by the entropy's slope, and -p by that of the log-probability.
+                grad = log_probs.clamp_(min=_LOGPROB_FLOOR).add_(entropies).mul_(of_entropies[part, None])
+                grad = grad.add_(scale[:, None]).mul_(probs).neg_()
+            grad.scatter_add_(1, own[:, None], scale[:, None])
+            grad = grad.div_(ctx.temperature).to(weight.dtype)
+            if hidden_grad is not None:
+                hidden_grad[part] = (grad @ weight).to(hidden.dtype)
+            if weight_grad is not None:
+                weight_grad.addmm_(grad.T, hidden[part].to(weight.dtype))
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities [chunk, V] and tokens [chunk], one chunk after the other."""
+    for part, own in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
+        yield _log_softmax(linear(part.to(weight.dtype), weight), temperature), own
+
+
+def _differentiable_slopes(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, slopes: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of hidden states and weight that autograd can differentiate, with all logits at once."""
+    outputs = _chunk(hidden, tokens, weight, temperature)
+    known = [(output, slope) for output, slope in zip(outputs, slopes, strict=True) if slope is not None]
+    inputs = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+    slopes_of = [slope for _, slope in known]
+    found = torch.autograd.grad([output for output, _ in known], inputs, slopes_of, create_graph=True)
+    by_input = dict(zip(map(id, inputs), found, strict=True))
+    return [by_input.get(id(tensor)) for tensor in (hidden, weight)]
 
 
 def logprobs_and_kl_from_hidden(

@@ -42,8 +42,7 @@ def _objective(config: OfflineRunConfig) -> Table:
     if isinstance(objective, PreferenceConfig) and objective.reference.every_steps:
         moved = objective.reference
         table.add_row("reference", f"moves every {moved.every_steps} steps, by {moved.mix:g} of the way")
-    if not isinstance(objective, RewardModelConfig) and objective.packing:
-        table.add_row("packing", f"lines of {config.data.max_tokens} tokens")
+    table.add_row("tokens in one pass", f"{learner.micro_batch_tokens} at most")
     table.add_row("trained", trained)
     table.add_row("prompts in an optimizer step", f"{objective.batch_size}")
     table.add_row("passes", f"{objective.num_epochs}" if config.num_steps is None else f"{config.num_steps} steps")

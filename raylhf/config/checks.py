@@ -59,14 +59,6 @@ def _check_batch(config: RunConfig) -> Iterator[Problem]:
             f"is {minibatches}, which does not divide the {per_rank} responses of a rank "
             f"({prompts} prompts x {config.rollout.group_size} / {ranks} ranks); use one of {divisors}",
         )
-        return
-    per_minibatch = per_rank // minibatches
-    if config.learner.micro_batch_size > per_minibatch:
-        yield problem_at(
-            "learner.micro_batch_size",
-            f"is {config.learner.micro_batch_size}, more than the {per_minibatch} responses that a rank has in a "
-            f"minibatch; set it to {per_minibatch} or less",
-        )
 
 
 def check_devices(config: AnyRunConfig) -> Iterator[Problem]:

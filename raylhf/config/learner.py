@@ -46,8 +46,12 @@ class LearnerConfig(Settings):
     """AdamW's decoupled decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    micro_batch_size: int = Field(default=4, ge=1)
-    """Sequences in one forward and backward; changes memory and speed, never the result."""
+    micro_batch_tokens: int = Field(default=2048, ge=1)
+    """Most tokens, of prompts and responses, in one forward and backward; a longer sequence is alone in its own.
+    Changes memory and speed, never the result."""
+    packing: bool = True
+    """Put sequences one after the other without padding, and responses to one prompt behind a single copy of it
+    (decoders with sdpa; without that copy with flash_attention_2; eager and encoders keep sequences apart)."""
     logprob_chunk: int = Field(default=1024, ge=1)
     """Token positions whose logits are held at once."""
     gradient_checkpointing: bool = False

@@ -110,6 +110,12 @@ def _gathered_bytes(config: RunConfig, policy: Architecture) -> float:
     return BYTES[config.model.dtype] * (2 * policy.layer_parameters + vocabulary)
 
 
+def pass_tokens(config: RunConfig) -> int:
+    """Most tokens of one forward and backward pass: a sequence is never cut."""
+    length = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
+    return max(config.learner.micro_batch_tokens, length)
+
+
 def _activation_bytes(config: RunConfig, policy: Architecture) -> float:
     """One micro-batch of the longest sequences (the counting of 2205.05198, section 4, for a gated MLP).
 
@@ -119,7 +125,7 @@ def _activation_bytes(config: RunConfig, policy: Architecture) -> float:
     """
     width = BYTES[config.model.dtype]
     length = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
-    tokens = config.learner.micro_batch_size * length
+    tokens = pass_tokens(config)
     attention = policy.head_dim * 2 * (policy.heads + policy.kv_heads)
     layer = width * (6 * policy.hidden + attention + 4 * policy.intermediate)
     if config.model.attention == "eager":
@@ -131,8 +137,7 @@ def _activation_bytes(config: RunConfig, policy: Architecture) -> float:
 
 def _logits_bytes(config: RunConfig, policy: Architecture) -> float:
     """Logits, log-probabilities and their gradient, in float32, of one chunk of positions."""
-    length = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
-    positions = min(config.learner.logprob_chunk, config.learner.micro_batch_size * length)
+    positions = min(config.learner.logprob_chunk, pass_tokens(config))
     return 3.0 * 4 * positions * policy.vocab
 
 

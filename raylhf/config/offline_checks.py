@@ -30,12 +30,6 @@ def _check_offline(config: PreferenceRunConfig) -> Iterator[Problem]:
                 "data.kind", f"is {data.kind}, but sft learns from responses, or from the chosen ones of pairs"
             )
         return
-    if objective.packing and Need.DOUBLE_BACKWARD in LOSSES[objective.loss.kind].needs:
-        yield problem_at(
-            "objective.packing",
-            f"is true, but the loss {objective.loss.kind} needs {Need.DOUBLE_BACKWARD} by single responses, which "
-            "must not share a line; set it to false",
-        )
     yield from _check_loss_data(objective, config)
     yield from check_needs(objective.loss, config)
     yield from check_reference(objective.reference, objective.loss, config)

@@ -30,7 +30,7 @@ class BatchPlan:
     responses_per_minibatch: int
     """Of one rank."""
     micro_batches_per_minibatch: int
-    """Of one rank; the last one may be smaller."""
+    """Of one rank, at most: shorter responses share more."""
     optimizer_steps_per_rollout: int
     total_optimizer_steps: int
     """Most that the run takes: critic warm-up and approx_kl_limit make them fewer."""
@@ -126,7 +126,7 @@ def plan_batch(config: RunConfig) -> BatchPlan:
         responses_per_step=responses,
         responses_per_rank=per_rank,
         responses_per_minibatch=per_minibatch,
-        micro_batches_per_minibatch=-(-per_minibatch // learner.micro_batch_size),
+        micro_batches_per_minibatch=-(-per_minibatch // max(1, learner.micro_batch_tokens // config.max_model_len)),
         optimizer_steps_per_rollout=steps,
         total_optimizer_steps=steps * config.num_steps,
         sampled_tokens_per_step=responses * sampling.max_response_tokens,
@@ -215,7 +215,7 @@ def _gpu_remedies(config: RunConfig) -> list[str]:
         "learner.offload_optimizer=true": not learner.offload_optimizer,
         "learner.lora.rank=16": learner.lora is None,
         "objective.critic.trunk=shared": _has_own_critic(config),
-        "a smaller learner.micro_batch_size": learner.micro_batch_size > 1,
+        "a smaller learner.micro_batch_tokens": learner.micro_batch_tokens > config.max_model_len,
         "a smaller rollout.gpu_memory_utilization": config.weight_transfer == "ipc",
         "a larger rollout.tensor_parallel_size": config.weight_transfer == "nccl",
         "more learner.num_ranks": learner.zero_stage > 0,
@@ -230,7 +230,7 @@ def _host_remedies(config: RunConfig) -> list[str]:
         "learner.lora.rank=16": learner.lora is None,
         "objective.critic.trunk=shared": _has_own_critic(config),
         "learner.gradient_checkpointing=true": is_cpu and not learner.gradient_checkpointing,
-        "a smaller learner.micro_batch_size": is_cpu and learner.micro_batch_size > 1,
+        "a smaller learner.micro_batch_tokens": is_cpu and learner.micro_batch_tokens > config.max_model_len,
         "a smaller rollout.kv_cache_gib": config.rollout.num_gpus == 0,
         "fewer workers on a node": config.cluster.num_nodes > 1,
         "a smaller cluster.object_store_gib": config.cluster.object_store_gib > 1,

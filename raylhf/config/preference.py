@@ -67,9 +67,6 @@ class PreferenceConfig(Settings):
     """Passes over the data."""
     batch_size: int = Field(default=32, ge=1)
     """Prompts in one optimizer step, with all their comparisons."""
-    packing: bool = False
-    """Put short responses with their prompts one after the other on lines of data.max_tokens, micro_batch_size lines in
-    one forward pass. Changes memory and speed, never the result."""
 
 
 class SFTConfig(Settings):
@@ -80,9 +77,6 @@ class SFTConfig(Settings):
     """Passes over the data."""
     batch_size: int = Field(default=32, ge=1)
     """Prompts in one optimizer step."""
-    packing: bool = False
-    """Put short examples one after the other on lines of data.max_tokens, micro_batch_size lines in one forward pass.
-    Changes memory and speed, never the result."""
 
 
 def loss_of(objective: PreferenceConfig | SFTConfig) -> PreferenceLoss | SFTConfig:

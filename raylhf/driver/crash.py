@@ -139,7 +139,7 @@ def how_it_ended(crash: Crash, lines: Sequence[str]) -> str:
     if crash.out_of_memory_kills:
         hint = (
             f"; the kernel has ended {crash.out_of_memory_kills} processes for want of memory on the driver's machine: "
-            "lower rollout.kv_cache_gib, learner.micro_batch_size or the replicas, or give the node more memory"
+            "lower rollout.kv_cache_gib, learner.micro_batch_tokens or the replicas, or give the node more memory"
         )
     elif "OutOfMemory" in crash.reason or "out of memory" in crash.reason.lower():
         hint = "; Ray's memory monitor ended it: the node ran out of memory"

@@ -83,7 +83,7 @@ class AuxiliaryOffsets:
         try:
             with torch.enable_grad():
                 for row in range(len(batch)):
-                    micro = make_micro_batch(batch, [row], self._device)
+                    micro = make_micro_batch(batch, [row], self._device, self._models.layout)
                     flat = self._models.reference_logprobs(micro, batch.temperature)
                     total = flat[mask[row, : len(flat)]].sum()
                     found = torch.autograd.grad(total, parameters, allow_unused=True)

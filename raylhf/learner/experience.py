@@ -11,8 +11,9 @@ from torch import Tensor
 from raylhf.algos.kl import kl_per_token
 from raylhf.algos.masking import lengths_to_mask, mask_out
 from raylhf.batch import RewardOutput, Rollouts
-from raylhf.learner.microbatch import make_micro_batch, pad_rows, plan_micro_batches
+from raylhf.learner.microbatch import cut_further, make_micro_batch, pad_rows, plan_micro_batches, sizes_of
 from raylhf.learner.models import LearnerModels
+from raylhf.learner.totals import most_of_ranks
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Experience:
     rollout_logprobs: Tensor
     """As the engine sampled them, [R, T]."""
     old_logprobs: Tensor
-    """Of the policy before this batch's first update, [R, T]."""
+    """Of the policy before this batch's first update, [R, T]. Where the update learns from rows but once, it writes
+    what it sees of them here: their log-probabilities in its forward pass are these."""
     ref_logprobs: Tensor
     """Of the reference, [R, T]."""
     values: Tensor | None
@@ -75,20 +77,23 @@ def gather_experience(
     rewards: RewardOutput,
     group_ids: Sequence[int],
     *,
-    micro_batch_size: int,
+    with_old: bool,
     with_end_values: bool,
     device: torch.device,
 ) -> Experience:
-    """Old, reference and rollout log-probabilities and values of this rank's rows, and which of them count."""
+    """Old (0 without `with_old`), reference and rollout log-probabilities and values of this rank's rows, and which of
+    them count."""
     width = max(len(ids) for ids in rollouts.response_ids)
-    columns: dict[str, Tensor] = {}
+    columns = {"old": torch.zeros(len(rollouts), width, device=device)}
     if with_end_values:
         columns["end_values"] = torch.zeros(len(rollouts), device=device)
-    rows = range(len(rollouts))
-    for part in plan_micro_batches(rollouts.response_lengths.tolist(), rows, micro_batch_size):
-        batch = make_micro_batch(rollouts, part, device)
-        logprobs, _, values = models.policy_forward(batch, rollouts.temperature)
-        flat = {"old": logprobs, "ref": models.reference_logprobs(batch, rollouts.temperature)}
+    parts = plan_micro_batches(sizes_of(rollouts), range(len(rollouts)), models.layout)
+    # Ranks have equally many rows, so that each has as many micro-batches as the one that needs most.
+    for part in cut_further(parts, most_of_ranks(len(parts), device)):
+        batch = make_micro_batch(rollouts, part, device, models.layout)
+        flat, values = {"ref": models.reference_logprobs(batch, rollouts.temperature)}, None
+        if with_old:
+            flat["old"], _, values = models.policy_forward(batch, rollouts.temperature)
         if models.critic is not None:
             values = models.critic_forward(batch)
         if values is not None:

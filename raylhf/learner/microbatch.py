@@ -1,7 +1,8 @@
 """Padding and packing, which exist only here: ragged rows become one micro-batch, and come back."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -9,18 +10,21 @@ import torch
 from torch import Tensor
 
 from raylhf.batch import Rollouts
+from raylhf.config.learner import LearnerConfig
+from raylhf.models.packing import Segment, Segments
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows on right-padded lines, and their N response positions as flat indexes. A line holds one row or, packed,
-    several, one after the other."""
+    """B rows, and their N response positions as flat indexes: each row on a right-padded line of its own, or all on one
+    line, packed."""
 
     tokens: Tensor
-    """Prompts and responses, [lines, L] long; what stands after a line's end is never read."""
+    """Prompts and responses, [lines, L] long; what stands after a row's end on a line of its own is never read."""
     position_ids: Tensor | None
-    """Position of each token in its row, [lines, L] long, by which attention keeps packed rows apart; None where every
-    line is one row."""
+    """Position of each token in its row, [1, L] long; None where every row has a line."""
+    segments: Segments | None
+    """What attends to what on a packed line; None where every row has a line, or positions tell (flash attention)."""
     lines: Tensor
     """Line of each response token, [N] long."""
     positions: Tensor
@@ -55,80 +59,215 @@ class TokenRows(Protocol):
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How rows share lines."""
+class Layout:
+    """How rows share a micro-batch."""
 
-    line_tokens: int
-    """Most tokens of a line: what a micro-batch holds is counted in such lines."""
-    one_line: bool = False
-    """Lay out a micro-batch's lines one after the other, as one: what flash attention takes for packed."""
+    max_tokens: int
+    """Most positions of a micro-batch; a row that has more is alone in its own."""
+    is_packed: bool = True
+    """Rows stand one after the other on one line; otherwise each has a line, padded to the longest."""
+    shares_prompts: bool = True
+    """On a packed line, responses to one prompt follow a single copy of it."""
+
+    @property
+    def knows_segments(self) -> bool:
+        """Whether raylhf's own attention keeps rows on a packed line apart."""
+        return self.is_packed and self.shares_prompts
+
+    def num_positions(self, sizes: "RowSizes", rows: Collection[int]) -> int:
+        """Positions that `rows` take together, padding included."""
+        if not self.is_packed:
+            return len(rows) * max(sizes.total[row] for row in rows)
+        if not self.shares_prompts:
+            return sum(sizes.total[row] for row in rows)
+        prompts = {sizes.prompt_number[row]: sizes.prompt[row] for row in rows}
+        return sum(prompts.values()) + sum(sizes.response[row] for row in rows)
+
+    def fits(self, sizes: "RowSizes", rows: Collection[int]) -> bool:
+        """Whether `rows` go into one micro-batch."""
+        return len(rows) < 2 or self.num_positions(sizes, rows) <= self.max_tokens
 
 
-def make_micro_batch(
-    rollouts: TokenRows, rows: Sequence[int], device: torch.device, *, packing: Packing | None = None
-) -> MicroBatch:
-    """Lay out the given rows of `rollouts`, whose responses must not be empty (see `without_empty`): each on a line of
-    its own or, with `packing`, several on a line."""
-    sequences = [np.concatenate([rollouts.prompt_ids[i], rollouts.response_ids[i]]) for i in rows]
-    sizes = [len(sequence) for sequence in sequences]
-    if packing is None:
-        lines = [[i] for i in range(len(rows))]
-    else:
-        lines = [list(range(len(rows)))] if packing.one_line else pack_lines(sizes, packing.line_tokens)
-    width = max(sum(sizes[i] for i in line) for line in lines)
-    tokens, position_ids = np.zeros((2, len(lines), width), dtype=np.int64)
-    row_lines, row_starts = np.zeros((2, len(rows)), dtype=np.int64)
-    for number, line in enumerate(lines):
-        start = 0
-        for i in line:
-            row_lines[i], row_starts[i] = number, start
-            tokens[number, start : start + sizes[i]] = sequences[i]
-            position_ids[number, start:] = np.arange(width - start)  # what pads the line goes on with the last row
-            start += sizes[i]
-    lengths = [len(rollouts.response_ids[i]) for i in rows]
-    befores = row_starts + [len(rollouts.prompt_ids[i]) - 1 for i in rows]
+def layout_of(learner: LearnerConfig, *, attention: str) -> Layout:
+    """What the settings ask for. Eager attention would hold scores between all tokens of a packed line."""
+    is_packed = learner.packing and attention != "eager"
+    return Layout(learner.micro_batch_tokens, is_packed, shares_prompts=attention == "sdpa")
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """Tokens of rows, and which of them have one prompt."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    prompt_number: Sequence[int]
+    """Equal for rows with equal prompts."""
+
+    @cached_property
+    def total(self) -> list[int]:
+        """Prompt and response together."""
+        return [p + r for p, r in zip(self.prompt, self.response, strict=True)]
+
+
+def sizes_of(rows: TokenRows) -> RowSizes:
+    """The sizes of all rows."""
+    numbers: dict[bytes, int] = {}
+    return RowSizes(
+        prompt=[len(ids) for ids in rows.prompt_ids],
+        response=[len(ids) for ids in rows.response_ids],
+        prompt_number=[numbers.setdefault(ids.tobytes(), len(numbers)) for ids in rows.prompt_ids],
+    )
+
+
+# --- which rows -------------------------------------------------------------------------------------------------------
+
+
+def plan_micro_batches(sizes: RowSizes, rows: Sequence[int], layout: Layout) -> list[list[int]]:
+    """Cut `rows` into few micro-batches under the layout's budget.
+
+    Packed: first fit of whole groups of one prompt, the largest first. On lines of their own: neighbours in length
+    together, so that little is padded.
+    """
+    if not layout.is_packed:
+        return _filled(sizes, sorted(rows, key=lambda row: (sizes.total[row], row)), layout)
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(sizes.prompt_number[row] if layout.shares_prompts else row, []).append(row)
+    units = [unit for group in groups.values() for unit in _filled(sizes, group, layout)]
+    units.sort(key=lambda unit: (-layout.num_positions(sizes, unit), unit[0]))
+    parts: list[list[int]] = []
+    loads: list[int] = []
+    for unit in units:
+        size = layout.num_positions(sizes, unit)
+        found = next((number for number, load in enumerate(loads) if load + size <= layout.max_tokens), len(parts))
+        if found == len(parts):
+            parts.append([])
+            loads.append(0)
+        parts[found].extend(unit)
+        loads[found] += size
+    return parts
+
+
+def _filled(sizes: RowSizes, rows: Sequence[int], layout: Layout) -> list[list[int]]:
+    """`rows` in their order, as many together as fit."""
+    parts: list[list[int]] = []
+    for row in rows:
+        if not parts or not layout.fits(sizes, [*parts[-1], row]):
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def cut_further(parts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """`count` parts out of fewer, or as many as there are rows: those with most rows are halved."""
+    result = [list(part) for part in parts]
+    while len(result) < count and (longest := max(result, key=len, default=[])) and len(longest) > 1:
+        place = result.index(longest)
+        half = len(longest) // 2
+        result[place : place + 1] = [longest[:half], longest[half:]]
+    return result
+
+
+# --- one micro-batch --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Rows on lines, and where they are."""
+
+    tokens: np.ndarray
+    """[lines, L]."""
+    lines: np.ndarray
+    """Line of each row, [B]."""
+    prompt_starts: np.ndarray
+    """Position of each row's first prompt token, [B]."""
+    response_starts: np.ndarray
+    """Position of each row's first response token, [B]."""
+    position_ids: np.ndarray | None = None
+    segments: Sequence[Segment] = ()
+
+
+def _apart(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> Placed:
+    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    tokens = np.zeros((len(sizes), max(sizes)), dtype=np.int64)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens[i, : sizes[i]] = np.concatenate([prompt, response])
+    starts = np.zeros(len(sizes), dtype=np.int64)
+    return Placed(tokens, np.arange(len(sizes)), starts, starts + [len(prompt) for prompt in prompts])
+
+
+def _packed(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, shares_prompts: bool) -> Placed:
+    groups: dict[object, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt.tobytes() if shares_prompts and len(prompt) else i, []).append(i)
+    pieces, position_ids, segments = [], [], []
+    prompt_starts, response_starts = np.zeros((2, len(prompts)), dtype=np.int64)
+    end = 0
+    for group in groups.values():
+        prompt = prompts[group[0]]
+        start, behind = end, end + len(prompt)
+        pieces.append(prompt)
+        position_ids.append(np.arange(len(prompt)))
+        end = behind
+        if len(group) > 1:
+            segments.append(Segment(start, behind))
+        for i in group:
+            prompt_starts[i], response_starts[i] = start, end
+            pieces.append(responses[i])
+            position_ids.append(np.arange(len(prompt), len(prompt) + len(responses[i])))
+            end += len(responses[i])
+            is_alone = len(group) == 1
+            segments.append(Segment(start, end) if is_alone else Segment(end - len(responses[i]), end, start, behind))
+    return Placed(
+        np.concatenate(pieces)[None],
+        np.zeros(len(prompts), dtype=np.int64),
+        prompt_starts,
+        response_starts,
+        position_ids=np.concatenate(position_ids)[None],
+        segments=segments,
+    )
+
+
+def place_rows(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], layout: Layout) -> Placed:
+    """Put rows on lines."""
+    if layout.is_packed:
+        return _packed(prompts, responses, shares_prompts=layout.shares_prompts)
+    return _apart(prompts, responses)
+
+
+def segments_of(placed: Placed, layout: Layout, device: torch.device) -> Segments | None:
+    """Those of a packed line, for the attention that knows them."""
+    return Segments(placed.segments, device) if layout.knows_segments else None
+
+
+def make_micro_batch(rows: TokenRows, chosen: Sequence[int], device: torch.device, layout: Layout) -> MicroBatch:
+    """Lay out the `chosen` ones of `rows`, whose prompts and responses must not be empty (see `without_empty`)."""
+    prompts, responses = [rows.prompt_ids[i] for i in chosen], [rows.response_ids[i] for i in chosen]
+    placed = place_rows(prompts, responses, layout)
+    lengths = [len(response) for response in responses]
     steps = np.concatenate([np.arange(length) for length in lengths])
+    prompt_ends = placed.prompt_starts + [len(prompt) - 1 for prompt in prompts]
+    # Before a response's first token is the prompt's last, wherever that stands.
+    befores = np.where(
+        steps == 0, np.repeat(prompt_ends, lengths), np.repeat(placed.response_starts, lengths) + steps - 1
+    )
 
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
     return MicroBatch(
-        tokens=on_device(tokens),
-        position_ids=on_device(position_ids) if len(lines) < len(rows) else None,
-        lines=on_device(np.repeat(row_lines, lengths)),
-        positions=on_device(np.repeat(befores, lengths) + steps),
-        rows=on_device(np.repeat(np.arange(len(rows)), lengths)),
-        targets=on_device(np.concatenate([rollouts.response_ids[i] for i in rows])),
+        tokens=on_device(placed.tokens),
+        position_ids=None if placed.position_ids is None else on_device(placed.position_ids),
+        segments=segments_of(placed, layout, device),
+        lines=on_device(np.repeat(placed.lines, lengths)),
+        positions=on_device(befores),
+        rows=on_device(np.repeat(np.arange(len(chosen)), lengths)),
+        targets=on_device(np.concatenate(responses)),
         steps=on_device(steps),
-        row_lines=on_device(row_lines),
-        ends=on_device(row_starts + sizes - 1),
-        source_rows=torch.tensor(list(rows), dtype=torch.long, device=device),
+        row_lines=on_device(placed.lines),
+        ends=on_device(placed.response_starts + lengths - 1),
+        source_rows=torch.tensor(list(chosen), dtype=torch.long, device=device),
     )
-
-
-def pack_lines(sizes: Sequence[int], line_tokens: int) -> list[list[int]]:
-    """Which rows stand on which line, by first fit, the longest first. A row above `line_tokens` has one to itself."""
-    lines: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        found = next((number for number, left in enumerate(room) if left >= sizes[i]), None)
-        if found is None:
-            found = len(lines)
-            lines.append([])
-            room.append(line_tokens)
-        lines[found].append(i)
-        room[found] -= sizes[i]
-    return lines
-
-
-def plan_micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Cut `rows` into micro-batches of at most `size`, neighbours in length together so that little is padded.
-
-    The number of micro-batches depends only on the number of rows, so ranks with equally many rows run equally many
-    collectives.
-    """
-    by_length = sorted(rows, key=lambda row: (lengths[row], row))
-    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
 
 def without_empty(rollouts: Rollouts) -> Rollouts:

@@ -5,15 +5,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raylhf.config.objective import CriticConfig
 from raylhf.config.run import CommonConfig
 from raylhf.learner.engine import build_engine, build_frozen, engine_settings, partitioned_loading
-from raylhf.learner.microbatch import MicroBatch
+from raylhf.learner.microbatch import Layout, MicroBatch, layout_of, make_micro_batch
 from raylhf.models.adapters import adapters_off, add_lora
 from raylhf.models.load import load_model_config
+from raylhf.models.packing import SEGMENT_ATTENTION, require_packable
 from raylhf.models.policy import PolicyModel, load_critic, load_policy
 
 
@@ -28,6 +30,8 @@ class LearnerModels:
     reference: nn.Module | None
     """Frozen PolicyModel; None with LoRA, where the policy without its adapters is the reference, or where none is
     needed."""
+    layout: Layout
+    """Of the micro-batches that these models get."""
     guide: nn.Module | None = None
     """Frozen PolicyModel, whose log-ratio to the reference weights tokens (TGDPO)."""
     reference_moves: bool = False
@@ -60,7 +64,7 @@ class LearnerModels:
         each response position. Weights must be whole on every rank (below ZeRO-3)."""
         policy: PolicyModel = self.policy.module
         reference: Any = policy if self.reference is None else self.reference
-        where = (batch.tokens, batch.lines, batch.positions, batch.position_ids)
+        where = (batch.tokens, batch.lines, batch.positions, batch.position_ids, batch.segments)
         with torch.no_grad(), adapters_off(policy) if self.reference is None else nullcontext():
             ref_hidden = reference.hidden(*where)
         weight = reference.token_head.weight.detach()
@@ -76,12 +80,12 @@ class LearnerModels:
 
     def critic_forward(self, batch: MicroBatch) -> Tensor:
         """Flat values [N] of the critic with a trunk of its own."""
-        return self.critic(batch.tokens, batch.lines, batch.positions, batch.position_ids)
+        return self.critic(batch.tokens, batch.lines, batch.positions, batch.position_ids, batch.segments)
 
     def end_values(self, batch: MicroBatch) -> Tensor:
         """The critic's value of the state after each row's last token, [B]: what a cut response would go on from."""
         if self.critic is not None:
-            return self.critic(batch.tokens, batch.row_lines, batch.ends, batch.position_ids)
+            return self.critic(batch.tokens, batch.row_lines, batch.ends, batch.position_ids, batch.segments)
         no_targets = torch.zeros_like(batch.row_lines)  # the log-probabilities are not wanted here
         return _forward(self.policy, replace(batch, lines=batch.row_lines, positions=batch.ends, targets=no_targets))[2]
 
@@ -89,7 +93,48 @@ class LearnerModels:
 def _forward(model: Any, batch: MicroBatch, temperature: float = 1.0) -> Any:
     """What a PolicyModel, or the engine over one, returns."""
     inputs = (batch.tokens, batch.lines, batch.positions, batch.targets)
-    return model(*inputs, temperature=temperature, position_ids=batch.position_ids)
+    return model(*inputs, temperature=temperature, position_ids=batch.position_ids, segments=batch.segments)
+
+
+PACKING_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
+"""Most that packing may change a row's mean log-probability, nats a token, by dtype: rounding is well below it, tokens
+that see another row are well above."""
+
+
+@dataclass(frozen=True)
+class _TrialRows:
+    """Two prompts with two responses each."""
+
+    prompt_ids: list[np.ndarray]
+    response_ids: list[np.ndarray]
+
+
+@torch.no_grad()
+def packing_error(models: LearnerModels, device: torch.device) -> float:
+    """The most that packing changes the policy's mean log-probability of a row of random tokens, nats a token
+    (collective)."""
+    rng = np.random.default_rng(0)
+    vocabulary = models.policy.module.lm.config.vocab_size
+    prompts = [rng.integers(0, vocabulary, size) for size in (5, 9)]
+    rows = _TrialRows([prompts[i // 2] for i in range(4)], [rng.integers(0, vocabulary, size) for size in (7, 3, 4, 8)])
+    found, expected = (
+        micro.scatter(models.policy_forward(micro, 1.0)[0], 8)
+        for layout in (models.layout, replace(models.layout, is_packed=False))
+        for micro in [make_micro_batch(rows, range(4), device, layout)]
+    )
+    lengths = torch.tensor([len(ids) for ids in rows.response_ids], device=device)
+    return ((found - expected).abs().sum(dim=1) / lengths).max().item()
+
+
+def require_packing(error: float, dtype: str) -> None:
+    """Raises: ValueError: the model does not keep rows on a packed line apart."""
+    limit = PACKING_LIMIT[dtype]
+    if not error <= limit:
+        raise ValueError(
+            f"learner.packing: sequences that share a line get log-probabilities or scores that differ by {error:.2g} "
+            f"from those that they get apart (limit {limit:g}): this model's attention does not keep packed sequences "
+            "apart; set learner.packing: false"
+        )
 
 
 def build_models(
@@ -108,9 +153,12 @@ def build_models(
     shares_trunk = critic is not None and critic.trunk == "shared"
     architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
     settings = engine_settings(learner, use_bf16=config.model.dtype == "bfloat16", hidden_size=architecture.hidden_size)
+    layout = layout_of(learner, attention=config.model.attention)
+    if layout.is_packed:
+        require_packable(architecture)
     source = {
         "dtype": getattr(torch, config.model.dtype),
-        "attention": config.model.attention,
+        "attention": SEGMENT_ATTENTION if layout.knows_segments else config.model.attention,
         "trust_remote_code": config.model.trust_remote_code,
     }
     frozen = {**source, "logprob_chunk": learner.logprob_chunk, "with_value_head": False}
@@ -124,13 +172,17 @@ def build_models(
     if own_critic is not None:
         _make_trainable(own_critic, own_critic.trunk, config)
         critic_engine = build_engine(own_critic.to(device), [_group(own_critic, ())], learner, settings)
-    return LearnerModels(
+    models = LearnerModels(
         policy=build_engine(policy.to(device), _policy_groups(policy), learner, settings),
         critic=critic_engine,
         reference=None if reference is None else build_frozen(reference.to(device), settings),
+        layout=layout,
         guide=None if guide is None else build_frozen(guide.to(device), settings),
         reference_moves=moves_reference,
     )
+    if layout.is_packed:
+        require_packing(packing_error(models, device), config.model.dtype)
+    return models
 
 
 def _make_trainable(module: nn.Module, trunk: Any, config: CommonConfig) -> None:

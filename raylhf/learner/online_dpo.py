@@ -38,19 +38,20 @@ class OnlineDPOObjective:
         self._models = models
         self._rank = rank
         self._device = device
-        self._update = PreferenceUpdate(objective.loss, config.learner, models, seed=config.seed, device=device)
+        self._update = PreferenceUpdate(objective.loss, models, seed=config.seed, device=device)
         self._steps_taken = 0
 
-    def update(
-        self,
-        rollouts: Rollouts,
-        rewards: RewardOutput,
-        x: Experience,
-        *,
-        step: int,
-        sequence_kl: float,
-        num_sequences: int,
-    ) -> dict[str, float]:
+    @property
+    def learns_once(self) -> bool:
+        """Whether old log-probabilities are those of the batch's only optimizer step, which finds them itself."""
+        objective = self._objective
+        is_one_step = objective.num_epochs == objective.num_minibatches == 1
+        return is_one_step and not self._update.statistics.needs_policy
+
+    def observe_kl(self, kl_per_sequence: float, *, num_sequences: int) -> None:
+        """Nothing here follows the KL."""
+
+    def update(self, rollouts: Rollouts, rewards: RewardOutput, x: Experience, *, step: int) -> dict[str, float]:
         """Pairs, epochs of minibatches, and the reference's move; metrics are equal on every rank."""
         started = time.perf_counter()
         totals = Totals(self._device)
@@ -68,7 +69,7 @@ class OnlineDPOObjective:
             ties=sum(made.num_ties for made, _ in paired),
             unpaired=sum(not made.pairs for made, _ in paired),
         )
-        known = {"ref": x.ref_logprobs, "old": x.old_logprobs}
+        known = {"ref": x.ref_logprobs} | ({} if self.learns_once else {"old": x.old_logprobs})
         norms, lr = [], self._lr(step)
         for epoch in range(self._objective.num_epochs):
             for chosen_groups in self._minibatches(len(groups), step, epoch):
@@ -77,7 +78,10 @@ class OnlineDPOObjective:
                 columns = self._columns(batch, rows, known, is_first=not norms)
                 shared = self._update.prepare(batch, columns, step=self._steps_taken)
                 lr = self._lr(step)
-                norms.append(self._update.step(batch, columns, shared, totals, lrs=[lr]))
+                old = torch.zeros_like(columns["ref"]) if self.learns_once else None
+                norms.append(self._update.step(batch, columns, shared, totals, lrs=[lr], old=old))
+                if old is not None:
+                    x.old_logprobs[rows, : batch.width] = old
                 self._steps_taken += 1
         reference = self._objective.reference
         if reference.every_steps and (step + 1) % reference.every_steps == 0:

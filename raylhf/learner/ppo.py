@@ -29,10 +29,10 @@ from raylhf.learner.credit import assign_credit
 from raylhf.learner.engine import optimizer_step, restart_adam
 from raylhf.learner.experience import Experience
 from raylhf.learner.metrics import collect_minibatch, update_metrics
-from raylhf.learner.microbatch import MicroBatch, make_micro_batch, plan_micro_batches
+from raylhf.learner.microbatch import MicroBatch, cut_further, make_micro_batch, plan_micro_batches, sizes_of
 from raylhf.learner.models import LearnerModels
 from raylhf.learner.schedule import lr_decay, lr_scale, shuffled_minibatches
-from raylhf.learner.totals import Totals, all_reduce_sum
+from raylhf.learner.totals import Totals, all_reduce_sum, most_of_ranks
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,24 @@ class PPOObjective:
         """Whether the critic's value after the last token is wanted."""
         return self._objective.bootstrap_truncated
 
-    def update(
-        self,
-        rollouts: Rollouts,
-        rewards: RewardOutput,
-        x: Experience,
-        *,
-        step: int,
-        sequence_kl: float,
-        num_sequences: int,
-    ) -> dict[str, float]:
-        """Credit, epochs, and the KL controller's move; `sequence_kl` and `num_sequences` are of the global batch."""
+    @property
+    def learns_once(self) -> bool:
+        """Whether the only forward pass that needs old log-probabilities is that of the batch's only optimizer step,
+        which finds them itself."""
+        objective = self._objective
+        is_one_step = objective.num_epochs == objective.num_minibatches == 1
+        return is_one_step and self._config.critic is None and objective.kl.placement == "loss"
+
+    def update(self, rollouts: Rollouts, rewards: RewardOutput, x: Experience, *, step: int) -> dict[str, float]:
+        """Credit and epochs."""
         x, metrics = assign_credit(x, self._objective, kl_coef=self.kl_coef, all_reduce=all_reduce_sum)
         trained, self._taken = self.train(rollouts, x, step=step, kl_coef=self.kl_coef, taken=self._taken)
-        if num_sequences and self._taken.policy:  # while the critic warms up alone, there is no KL to control
-            self._kl = self._kl.updated(kl_per_sequence=sequence_kl, num_sequences=num_sequences)
         return metrics | trained
+
+    def observe_kl(self, kl_per_sequence: float, *, num_sequences: int) -> None:
+        """The KL controller's move, by what the global batch was before the update."""
+        if num_sequences and self._taken.policy:  # while the critic warms up alone, there is no KL to control
+            self._kl = self._kl.updated(kl_per_sequence=kl_per_sequence, num_sequences=num_sequences)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside weights and optimizer."""
@@ -159,8 +161,7 @@ class PPOObjective:
         """One optimizer step of the policy (unless the critic warms up alone) and one of the critic; global numbers."""
         learner, critic = self._config.learner, self._objective.critic
         critic_lr = critic.lr * lr_decay(learner, share_done)
-        plan = plan_micro_batches(batch.rollouts.response_lengths.tolist(), rows, learner.micro_batch_size)
-        parts = [make_micro_batch(batch.rollouts, part, self._device) for part in plan]
+        parts = self._micro_batches(batch.rollouts, rows)
         totals = Totals(self._device)
         totals.add(tokens=batch.x.response_mask[rows].sum())
         has_shared_head = self._config.critic is not None and critic.trunk == "shared"
@@ -179,6 +180,13 @@ class PPOObjective:
             totals.raise_to(critic_lr=critic_lr)
         return totals.reduced()
 
+    def _micro_batches(self, rollouts: Rollouts, rows: Sequence[int]) -> list[MicroBatch]:
+        """As many as on every other rank (a collective): each rank has equally many rows."""
+        layout = self._models.layout
+        plan = plan_micro_batches(sizes_of(rollouts), rows, layout)
+        plan = cut_further(plan, most_of_ranks(len(plan), self._device))
+        return [make_micro_batch(rollouts, part, self._device, layout) for part in plan]
+
     def _policy_loss(self, part: MicroBatch, *, batch: ScoredBatch, counts: dict[str, float], totals: Totals) -> Tensor:
         """The policy's loss on one micro-batch, with the value loss of a shared trunk."""
         x, rows = batch.x, part.source_rows
@@ -191,6 +199,8 @@ class PPOObjective:
         if not batch.trains_policy:
             return loss
         logprobs, entropies = part.scatter(flat_logprobs, width), part.scatter(flat_entropies, width)
+        if self.learns_once:
+            x.old_logprobs[rows] = logprobs.detach()
         totals.add(
             entropy=masked_sum(entropies.detach(), x.response_mask[rows]),
             log_ratio=masked_sum((logprobs.detach() - x.old_logprobs[rows]).abs(), x.response_mask[rows]),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raylhf.algos.preference import Pairs
+from raylhf.learner.microbatch import RowSizes, sizes_of
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,14 @@ class PreferenceBatch:
         return np.array([len(ids) for ids in self.response_ids], dtype=np.int64)
 
     @cached_property
-    def sizes(self) -> np.ndarray:
-        """Tokens of each prompt and response together, int64 [R]."""
-        return self.lengths + [len(ids) for ids in self.prompt_ids]
+    def row_sizes(self) -> RowSizes:
+        """Tokens of each prompt and response."""
+        return sizes_of(self)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each prompt and response together, [R]."""
+        return self.row_sizes.total
 
     @property
     def width(self) -> int:
@@ -148,7 +154,7 @@ def parts_of_pairs(batch: PreferenceBatch, fits: Fits, *, may_share: bool) -> li
                 units.append(unit)
             unit[0].extend(row for row in rows if row not in unit[0])
             unit[1].append(pair)
-    units.sort(key=lambda unit: (max(batch.sizes[unit[0]]), unit[1][0]))
+    units.sort(key=lambda unit: (max(batch.sizes[row] for row in unit[0]), unit[1][0]))
     parts: list[tuple[list[int], list[int]]] = []
     for rows, pairs in units:
         overlaps = bool(parts) and not set(parts[-1][0]).isdisjoint(rows)
@@ -162,7 +168,7 @@ def parts_of_pairs(batch: PreferenceBatch, fits: Fits, *, may_share: bool) -> li
 def parts_of_groups(batch: PreferenceBatch, fits: Fits) -> list[Part]:
     """Whole groups."""
     parts: list[list[tuple[int, ...]]] = []
-    for rows in sorted(batch.groups, key=lambda rows: (max(batch.sizes[list(rows)]), rows[0])):
+    for rows in sorted(batch.groups, key=lambda rows: (max(batch.sizes[row] for row in rows), rows[0])):
         if not parts or not fits([row for group in (*parts[-1], rows) for row in group]):
             parts.append([])
         parts[-1].append(rows)

@@ -7,7 +7,6 @@ nothing, so that all take part in equally many collectives.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +18,10 @@ from torch import Tensor
 from raylhf.algos.preference import Responses
 from raylhf.algos.preference_robust import wdpo_penalty
 from raylhf.config.algorithms import LOSSES, Need
-from raylhf.config.learner import LearnerConfig
 from raylhf.config.preference import SFTConfig
 from raylhf.config.preference_losses import PreferenceLoss, TGDPOLoss, WDPOLoss
 from raylhf.learner.engine import optimizer_step
-from raylhf.learner.microbatch import MicroBatch, Packing, make_micro_batch, pack_lines
+from raylhf.learner.microbatch import MicroBatch, make_micro_batch
 from raylhf.learner.models import LearnerModels
 from raylhf.learner.preference_batch import (
     Fits,
@@ -36,7 +34,7 @@ from raylhf.learner.preference_batch import (
 from raylhf.learner.preference_metrics import Observed, implicit_rewards, observe
 from raylhf.learner.preference_shared import BatchStatistics, gathered_prompts, num_units
 from raylhf.learner.preference_terms import PartOfBatch, Shared, form_of, loss_sum
-from raylhf.learner.totals import Totals
+from raylhf.learner.totals import Totals, most_of_ranks
 
 Columns = dict[str, Tensor]
 """Log-probabilities [R, width] of models that are not trained, by name: ref, guide, better, worse, and old (the policy
@@ -49,20 +47,15 @@ class PreferenceUpdate:
     def __init__(
         self,
         loss: PreferenceLoss | SFTConfig,
-        learner: LearnerConfig,
         models: LearnerModels,
         *,
         seed: int,
         device: torch.device,
         max_tokens: int | None = None,
-        packing: Packing | None = None,
     ) -> None:
-        """`max_tokens` limits rows that the loss makes up. With `packing`, a micro-batch is as many lines as it would
-        be rows."""
+        """`max_tokens` limits rows that the loss makes up."""
         self._max_tokens = max_tokens
-        self._packing = packing
         self._loss = loss
-        self._learner = learner
         self._models = models
         self._device = device
         self.needs = frozenset[Need]() if isinstance(loss, SFTConfig) else LOSSES[loss.kind].needs
@@ -86,23 +79,6 @@ class PreferenceUpdate:
             wanted["old"] = partial(self.all_rows, batch, self._policy_logprobs)
         return columns | {name: compute() for name, compute in wanted.items() if name not in columns}
 
-    @torch.no_grad()
-    def packing_error(self, batch: PreferenceBatch) -> float:
-        """The most that packing changes the mean log-probability of a row of `batch`, nats a token (collective).
-
-        Of four rows, at least two share a line: several lines may be another case for attention than one.
-        """
-        rows = range(min(4, len(batch)))
-        assert self._packing is not None
-        trial = replace(self._packing, line_tokens=int(np.sort(batch.sizes[:4])[-2:].sum()))
-        packed, padded = (make_micro_batch(batch, rows, self._device, packing=packing) for packing in (trial, None))
-        width = int(batch.lengths[:4].max())
-        found, expected = (
-            micro.scatter(self._policy_logprobs(micro, batch.temperature), width) for micro in (packed, padded)
-        )
-        lengths = torch.from_numpy(batch.lengths[:4]).to(self._device)
-        return ((found - expected).abs().sum(dim=1) / lengths).max().item()
-
     def _policy_logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         return self._models.policy_forward(micro, temperature)[0]
 
@@ -110,12 +86,28 @@ class PreferenceUpdate:
     def all_rows(self, batch: PreferenceBatch, forward: Callable[[MicroBatch, float], Tensor]) -> Tensor:
         """`forward` on every row, [R, width]; 0 after a response's end."""
         table = torch.zeros(len(batch), batch.width, device=self._device)
-        parts = parts_of_rows(batch, self._fits(batch))
-        for number in range(self._most(len(parts))):
-            part = parts[min(number, len(parts) - 1)]  # a rank that is done goes on with its last part
-            micro = self._micro_batch(batch, part.rows)
-            table[micro.source_rows] = micro.scatter(forward(micro, batch.temperature).float(), batch.width)
+        self._fill(table, batch, forward=forward)
         return table
+
+    @torch.no_grad()
+    def _fill(
+        self,
+        table: Tensor,
+        batch: PreferenceBatch,
+        *,
+        forward: Callable[[MicroBatch, float], Tensor] | None = None,
+        without: Collection[int] = (),
+    ) -> None:
+        """Put `forward` (None: the policy) of all rows but those `without` into `table` [R, width] (collective)."""
+        parts = [list(part.rows) for part in parts_of_rows(batch, self._fits(batch))]
+        parts = [left for rows in parts if (left := [row for row in rows if row not in without])]
+        for number in range(most_of_ranks(len(parts), self._device)):
+            # A rank that is done goes on with its last part, or with a row whose number is known already.
+            rows = parts[min(number, len(parts) - 1)] if parts else [0]
+            micro = self._micro_batch(batch, rows)
+            found = micro.scatter((forward or self._policy_logprobs)(micro, batch.temperature).float(), batch.width)
+            if parts:
+                table[micro.source_rows] = found
 
     def prepare(self, batch: PreferenceBatch, columns: Columns, *, step: int) -> Shared:
         """What the loss must know about the whole batch (collective)."""
@@ -138,22 +130,34 @@ class PreferenceUpdate:
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def step(
-        self, batch: PreferenceBatch, columns: Columns, shared: Shared, totals: Totals, *, lrs: Sequence[float]
+        self,
+        batch: PreferenceBatch,
+        columns: Columns,
+        shared: Shared,
+        totals: Totals,
+        *,
+        lrs: Sequence[float],
+        old: Tensor | None = None,
     ) -> float:
         """One optimizer step; adds to `totals` what the metrics are made of, and returns the gradient's norm.
 
-        A batch without a single pair (row, group) that counts, on any rank, changes nothing: the norm is 0.
+        A batch without a single pair (row, group) that counts, on any rank, changes nothing: the norm is 0. Log-
+        probabilities before the step are written into `old` [R, width], those of rows that it does not learn from too.
         """
         units = torch.tensor(num_units(self._loss, batch, shared), dtype=torch.float64, device=self._device)
         dist.all_reduce(units)
         denominator = units.item()
+        parts = self._parts(batch) if denominator else []
+        if old is not None:
+            self._fill(old, batch, without={row for part in parts for row in part.rows})
         if denominator == 0:
             return 0.0
-        parts = self._parts(batch)
         seen = Observed.nothing(len(batch), batch.width, self._device)
         losses = [partial(self._part_loss, batch, columns, shared, part, denominator, seen) for part in parts]
-        losses += [partial(self._nothing, batch)] * (self._most(len(parts)) - len(parts))
+        losses += [partial(self._nothing, batch)] * (most_of_ranks(len(parts), self._device) - len(parts))
         norm = optimizer_step(self._models.policy, losses, lrs)
+        if old is not None:
+            old[seen.is_seen] = seen.logprobs[seen.is_seen]
         observe(self._loss, self._whole(batch, columns | {"old": seen.logprobs}), seen.is_seen, totals)
         totals.add(loss=seen.loss, entropy=seen.entropies.sum(), entropy_tokens=seen.entropy_tokens.sum())
         return norm
@@ -169,17 +173,10 @@ class PreferenceUpdate:
                 return parts_of_pairs(batch, fits, may_share=form == "pairs")
 
     def _fits(self, batch: PreferenceBatch) -> Fits:
-        size, packing, sizes = self._learner.micro_batch_size, self._packing, batch.sizes.tolist()
-
-        def fits(rows: Collection[int]) -> bool:
-            if packing is None:
-                return len(rows) <= size
-            return len(pack_lines([sizes[row] for row in rows], packing.line_tokens)) <= size
-
-        return fits
+        return partial(self._models.layout.fits, batch.row_sizes)
 
     def _micro_batch(self, batch: PreferenceBatch, rows: Sequence[int]) -> MicroBatch:
-        return make_micro_batch(batch, rows, self._device, packing=self._packing)
+        return make_micro_batch(batch, rows, self._device, self._models.layout)
 
     def _part_loss(
         self, batch: PreferenceBatch, columns: Columns, shared: Shared, part: Part, denominator: float, seen: Observed
@@ -247,12 +244,6 @@ class PreferenceUpdate:
         if Need.FULL_VOCABULARY_KL in self.needs:
             return self._models.policy_forward_with_kl(micro, batch.temperature)[0].sum() * 0.0
         return self._models.policy_forward(micro, batch.temperature)[0].sum() * 0.0
-
-    def _most(self, count: int) -> int:
-        """The largest `count` of all ranks."""
-        most = torch.tensor(float(count), dtype=torch.float64, device=self._device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most.item())
 
     # --- measuring --------------------------------------------------------------------------------------------------
 

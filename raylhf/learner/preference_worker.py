@@ -13,7 +13,6 @@ from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.config.run import PreferenceRunConfig
 from raylhf.learner.checkpoint import files_seen, load_learner, save_learner
 from raylhf.learner.engine import Rendezvous, peak_memory_gib
-from raylhf.learner.microbatch import Packing
 from raylhf.learner.models import LearnerModels, build_models
 from raylhf.learner.preference_batch import PreferenceBatch
 from raylhf.learner.preference_examples import PreferenceExample, assemble, encode_examples
@@ -27,10 +26,6 @@ from raylhf.learner.weight_source import PolicyWeights
 from raylhf.models.load import load_tokenizer
 from raylhf.text.judgements import examples_digest, load_split
 from raylhf.text.preference_data import newest_time, usable_parts
-
-PACKING_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
-"""Most that packing may change a row's mean log-probability, nats a token, by dtype: rounding is well below it, tokens
-that see another row are well above."""
 
 
 class PreferenceLearnerWorker:
@@ -82,26 +77,11 @@ class PreferenceLearnerWorker:
         )
         self._update = PreferenceUpdate(
             loss,
-            config.learner,
             self._models,
             seed=config.seed,
             device=self._device,
             max_tokens=config.data.max_tokens,
-            packing=self._packing,
         )
-        if objective.packing:
-            self._check_packing()
-
-    def _check_packing(self) -> None:
-        """Refuse a model whose attention does not keep packed rows apart."""
-        batch = assemble(self._train[:4], self._loss, now=self._now)
-        limit = PACKING_LIMIT[self._config.model.dtype]
-        if not (error := self._update.packing_error(batch)) <= limit:
-            raise ValueError(
-                f"objective.packing: examples that share a line get log-probabilities that differ by {error:.2g} nats "
-                f"a token from those that they get apart (limit {limit:g}): this model's attention does not keep "
-                "packed sequences apart; set objective.packing: false"
-            )
 
     def _read(self) -> str:
         """Read and encode all judgements; returns their digest."""
@@ -115,14 +95,6 @@ class PreferenceLearnerWorker:
             for examples in (train, held_out)
         )
         return examples_digest([*split.train, *split.held_out])
-
-    @property
-    def _packing(self) -> Packing | None:
-        config = self._config
-        if not config.objective.packing:
-            return None
-        # Transformers hands flash attention the ends of packed sequences where there is one line, and not otherwise.
-        return Packing(config.data.max_tokens, one_line=config.model.attention == "flash_attention_2")
 
     @property
     def _loss(self) -> Any:

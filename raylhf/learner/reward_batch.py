@@ -6,7 +6,7 @@ the responses of the examples at hand, one after the other.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raylhf.batch import RewardExample
+from raylhf.learner.microbatch import Layout, RowSizes, plan_micro_batches, sizes_of
 from raylhf.models.reward_text import encode_judged
 
 
@@ -32,11 +33,35 @@ class Row:
     """Whether prompt or response were cut to data.max_tokens."""
     is_response_cut: bool
     """Whether the response itself lost tokens."""
+    num_shared: int = 0
+    """Tokens at the beginning that all rows of the example share; no row is without others."""
 
     @cached_property
     def key(self) -> bytes:
         """Equal for equal tokens."""
         return self.ids.tobytes()
+
+
+@dataclass(frozen=True)
+class JudgedRows:
+    """Rows as what their example shares, and what follows."""
+
+    rows: Sequence[Row]
+
+    @property
+    def prompt_ids(self) -> list[np.ndarray]:
+        """The shared beginnings; they may be empty."""
+        return [row.ids[: row.num_shared] for row in self.rows]
+
+    @property
+    def response_ids(self) -> list[np.ndarray]:
+        """The rest of each row."""
+        return [row.ids[row.num_shared :] for row in self.rows]
+
+    @cached_property
+    def sizes(self) -> RowSizes:
+        """Tokens of the two."""
+        return sizes_of(self)
 
 
 @dataclass(frozen=True)
@@ -100,7 +125,16 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: RewardExample, *
                 is_response_cut=encoded.is_response_cut,
             )
         )
-    return EncodedExample(example=example, rows=tuple(rows))
+    shared = _num_shared([row.ids for row in rows])
+    return EncodedExample(example=example, rows=tuple(replace(row, num_shared=shared) for row in rows))
+
+
+def _num_shared(ids: Sequence[np.ndarray]) -> int:
+    """Tokens with which all begin, but for the last of each."""
+    width = min(len(row) for row in ids) - 1
+    stacked = np.stack([row[:width] for row in ids])
+    differs = (stacked != stacked[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else width
 
 
 def cut_counts(rows: Sequence[Row]) -> dict[str, float]:
@@ -142,23 +176,25 @@ def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def pack_examples(examples: Sequence[EncodedExample], size: int) -> list[tuple[EncodedExample, ...]]:
-    """Whole examples in micro-batches of at most `size` rows, neighbours in length together so that little is padded.
+def pack_examples(examples: Sequence[EncodedExample], layout: Layout) -> list[tuple[EncodedExample, ...]]:
+    """Whole examples in micro-batches, neighbours in length together so that little is padded.
 
-    An example with more rows than that has a micro-batch to itself.
+    An example with more rows than fit has a micro-batch to itself.
     """
     packs: list[list[EncodedExample]] = []
-    room = 0
     for encoded in sorted(examples, key=lambda e: (e.longest, e.example.index)):
-        if not packs or len(encoded.rows) > room:
+        if not packs or not fits([*packs[-1], encoded], layout):
             packs.append([])
-            room = size
         packs[-1].append(encoded)
-        room -= len(encoded.rows)
     return [tuple(pack) for pack in packs]
 
 
-def pack_rows(rows: Sequence[Row], size: int) -> list[list[int]]:
-    """Positions of rows in micro-batches of at most `size`, neighbours in length together."""
-    by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
-    return [by_length[start : start + size] for start in range(0, len(rows), size)]
+def fits(examples: Sequence[EncodedExample], layout: Layout) -> bool:
+    """Whether the rows of `examples` go into one micro-batch."""
+    rows = JudgedRows([row for encoded in examples for row in encoded.rows])
+    return layout.fits(rows.sizes, range(len(rows.rows)))
+
+
+def pack_rows(rows: Sequence[Row], layout: Layout) -> list[list[int]]:
+    """Positions of rows in micro-batches."""
+    return plan_micro_batches(JudgedRows(rows).sizes, range(len(rows)), layout)

@@ -18,7 +18,7 @@ from raylhf.algos.reward_losses import bootstrap_weights
 from raylhf.config.reward_model import EnsembleHead
 from raylhf.config.run import RewardModelRunConfig
 from raylhf.learner.engine import optimizer_step
-from raylhf.learner.reward_batch import EncodedExample, RowBatch, cut_counts, deal, draw, pack_examples, pack_rows
+from raylhf.learner.reward_batch import EncodedExample, RowBatch, cut_counts, deal, draw, fits, pack_examples, pack_rows
 from raylhf.learner.reward_scorer import RowScorer
 from raylhf.learner.reward_targets import TargetScale
 from raylhf.learner.reward_terms import flat_pairs, loss_sum, num_units, response_scores
@@ -113,12 +113,12 @@ class RewardUpdate:
         examples = [self._train[i] for i in drawn]
         dealt = deal([encoded.num_tokens for encoded in examples], learner.num_ranks)
         shares = [tuple(examples[i] for i in positions) for positions in dealt]
-        size = learner.micro_batch_size
-        in_two_passes = any(len(encoded.rows) > size for encoded in examples)
+        layout = self._score.layout
+        in_two_passes = not all(fits([encoded], layout) for encoded in examples)
         if in_two_passes:
-            counts = [len(pack_rows(_rows(share), size)) for share in shares]
+            counts = [len(pack_rows(_rows(share), layout)) for share in shares]
         else:
-            counts = [len(pack_examples(share, size)) for share in shares]
+            counts = [len(pack_examples(share, layout)) for share in shares]
         return Job(
             member=member,
             examples=shares[self._rank],
@@ -139,7 +139,7 @@ class RewardUpdate:
             yield partial(self._nothing, job.member)
 
     def _direct_losses(self, job: Job, totals: Totals) -> list[MicroLoss]:
-        packs = pack_examples(job.examples, self._config.learner.micro_batch_size)
+        packs = pack_examples(job.examples, self._score.layout)
         return [partial(self._direct_loss, job, pack, totals) for pack in packs]
 
     def _direct_loss(self, job: Job, examples: tuple[EncodedExample, ...], totals: Totals) -> Tensor:
@@ -153,7 +153,7 @@ class RewardUpdate:
         chain rule the gradient of (scores * dL/dscores).sum() over a second pass is that of the loss.
         """
         batch = RowBatch(job.examples, self._device)
-        packs = pack_rows(batch.rows, self._config.learner.micro_batch_size)
+        packs = pack_rows(batch.rows, self._score.layout)
         with torch.no_grad():
             parts = [self._score([batch.rows[i] for i in pack], member=job.member) for pack in packs]
             for _ in range(job.num_micro_batches - len(packs)):

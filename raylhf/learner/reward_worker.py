@@ -29,7 +29,7 @@ from raylhf.learner.engine import (
     partitioned_loading,
     peak_memory_gib,
 )
-from raylhf.learner.models import enable_checkpointing
+from raylhf.learner.models import enable_checkpointing, require_packing
 from raylhf.learner.reward_batch import (
     EncodedExample,
     Row,
@@ -40,12 +40,13 @@ from raylhf.learner.reward_batch import (
     pack_rows,
 )
 from raylhf.learner.reward_report import ScoredExample, evaluation_report, reliability_lists
-from raylhf.learner.reward_scorer import RowScorer
+from raylhf.learner.reward_scorer import RowScorer, layout_of_rows
 from raylhf.learner.reward_targets import TargetScale, target_scale
 from raylhf.learner.reward_terms import loss_sum, num_units, require_units, response_scores
 from raylhf.learner.reward_update import RewardUpdate
 from raylhf.models.calibration import Calibration, template_hash, tokenizer_hash
 from raylhf.models.load import load_model_config, load_tokenizer
+from raylhf.models.packing import SEGMENT_ATTENTION, require_packable
 from raylhf.models.reward import build_reward_model, export_reward_model
 from raylhf.models.reward_model import Aggregate
 from raylhf.text.judgements import examples_digest, load_split
@@ -91,7 +92,15 @@ class RewardLearnerWorker:
         self._engine = build_reward_engine(config, self._folder, self._device)
         encoded = [*self._train, *self._held_out]
         num_tokens = sum(example.num_tokens for example in encoded)
-        self._score = RowScorer(self._engine, device=self._device, num_tokens=num_tokens, zero_stage=learner.zero_stage)
+        self._score = RowScorer(
+            self._engine,
+            layout_of_rows(config, self._engine.module),
+            device=self._device,
+            num_tokens=num_tokens,
+            zero_stage=learner.zero_stage,
+        )
+        if self._score.layout.is_packed:
+            require_packing(self._score.packing_error(encoded[0].rows), config.model.dtype)
         num_steps = config.total_steps(len(self._train))
         self._updates = RewardUpdate(
             config,
@@ -179,7 +188,7 @@ class RewardLearnerWorker:
         """Scores of all rows of `examples`, in order, [R, H] or [R, longest] on rank 0; None on the others."""
         rows = RowBatch(tuple(examples), self._device).rows
         shares = deal([len(row.ids) for row in rows], self._config.learner.num_ranks)
-        packs = [pack_rows([rows[i] for i in share], self._config.learner.micro_batch_size) for share in shares]
+        packs = [pack_rows([rows[i] for i in share], self._score.layout) for share in shares]
         own, found = shares[self._rank], {}
         for number in range(max(len(part) for part in packs)):
             pack = packs[self._rank][number] if number < len(packs[self._rank]) else []
@@ -287,6 +296,10 @@ def build_reward_engine(config: RewardModelRunConfig, folder: str, device: torch
             trainable_layers=config.objective.trainable_layers,
             aggregate=aggregate_of(config.objective.loss),
         )
+    if (layout := layout_of_rows(config, model)).is_packed:
+        require_packable(architecture)
+    if layout.knows_segments:
+        model.hf.set_attn_implementation(SEGMENT_ATTENTION)
     model.train()  # dropout is off by construction; gradient checkpointing works in this mode only
     if learner.gradient_checkpointing:
         enable_checkpointing(model.hf)

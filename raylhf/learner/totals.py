@@ -13,6 +13,13 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def most_of_ranks(count: int, device: torch.device) -> int:
+    """The largest `count` of all ranks (a collective)."""
+    most = torch.tensor(float(count), dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most.item())
+
+
 class Totals:
     """Named sums and maxima of one rank. Every rank must add the same names."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from raylhf.algos.masking import masked_sum
 from raylhf.batch import RewardOutput, Rollouts
@@ -19,11 +18,11 @@ from raylhf.learner.checkpoint import files_seen, load_learner, save_learner
 from raylhf.learner.engine import Rendezvous, peak_memory_gib
 from raylhf.learner.experience import gather_experience
 from raylhf.learner.metrics import experience_metrics
-from raylhf.learner.microbatch import make_micro_batch, plan_micro_batches, without_empty
+from raylhf.learner.microbatch import make_micro_batch, plan_micro_batches, sizes_of, without_empty
 from raylhf.learner.models import LearnerModels, build_models
 from raylhf.learner.online_dpo import OnlineDPOObjective
 from raylhf.learner.ppo import PPOObjective
-from raylhf.learner.totals import Totals
+from raylhf.learner.totals import Totals, most_of_ranks
 from raylhf.learner.weight_source import PolicyWeights
 from raylhf.models.load import load_tokenizer
 
@@ -96,27 +95,19 @@ class LearnerWorker:
             rows,
             scored,
             group_ids,
-            micro_batch_size=self._config.learner.micro_batch_size,
+            with_old=not self._objective.learns_once,
             with_end_values=self._objective.needs_end_values,
             device=self._device,
         )
         logprobs_s = time.perf_counter() - started
-        metrics = experience_metrics(
-            experience,
-            kl_coef=self._objective.kl_coef,
-            importance_cap=self._config.rollout.importance_cap,
-            device=self._device,
+        kl_coef = self._objective.kl_coef
+        metrics = self._objective.update(rows, scored, experience, step=self._step)
+        metrics |= experience_metrics(
+            experience, kl_coef=kl_coef, importance_cap=self._config.rollout.importance_cap, device=self._device
         )
         self._require_finite(metrics)
-        metrics |= self._objective.update(
-            rows,
-            scored,
-            experience,
-            step=self._step,
-            sequence_kl=metrics["policy/kl_to_ref"],
-            num_sequences=self._config.responses_per_step - int(metrics["data/dropped_responses_count"]),
-        )
-        self._require_finite(metrics)
+        num_sequences = self._config.responses_per_step - int(metrics["data/dropped_responses_count"])
+        self._objective.observe_kl(metrics["policy/kl_to_ref"], num_sequences=num_sequences)
         self._step += 1
         tokens = self._global(tokens=sum(len(p) for p in rows.prompt_ids) + int(rows.response_lengths.sum()))["tokens"]
         metrics["learn/logprobs_s"] = logprobs_s
@@ -134,14 +125,12 @@ class LearnerWorker:
         rows = Rollouts.concatenate(rollouts)
         counted = torch.from_numpy(rows.response_lengths > 0).to(self._device) & is_counted
         rows = without_empty(rows)
-        size = self._config.learner.micro_batch_size
-        plan = plan_micro_batches(rows.response_lengths.tolist(), range(len(rows)), size)
-        most = torch.tensor(float(len(plan)), dtype=torch.float64, device=self._device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        layout = self._models.layout
+        plan = plan_micro_batches(sizes_of(rows), range(len(rows)), layout)
         totals = Totals(self._device)
         totals.add(kl=0.0, entropy=0.0, tokens=0.0, sequences=0.0)
-        for i in range(int(most.item())):
-            batch = make_micro_batch(rows, plan[i] if i < len(plan) else plan[0], self._device)
+        for i in range(most_of_ranks(len(plan), self._device)):
+            batch = make_micro_batch(rows, plan[i] if i < len(plan) else plan[0], self._device, layout)
             logprobs, entropies, _ = self._models.policy_forward(batch, rows.temperature)
             reference = self._models.reference_logprobs(batch, rows.temperature)
             if i < len(plan):

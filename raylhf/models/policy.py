@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from raylhf.algos.logprobs import logprobs_and_entropy_from_hidden, logprobs_and_kl_from_hidden
 from raylhf.models.load import load_causal_lm, load_model_config, load_weights, without_dropout
+from raylhf.models.packing import Segments, trunk_states
 
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
@@ -73,22 +74,30 @@ class PolicyModel(nn.Module):
         *,
         temperature: float,
         position_ids: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities [N], entropies [N] and values [N] (None without a value head).
 
         tokens [B, L] are right-padded: under causal attention no real token sees the padding, so no attention mask is
-        needed. (lines[n], positions[n]) is the state before response token targets[n]. position_ids [B, L] start again
-        at 0 where a line holds another sequence, and keep the sequences apart.
+        needed. (lines[n], positions[n]) is the state before response token targets[n]. `position_ids` and `segments`
+        are those of a packed line (see `trunk_states`).
         """
-        hidden = self.hidden(tokens, lines, positions, position_ids)
+        hidden = self.hidden(tokens, lines, positions, position_ids, segments)
         logprobs, entropies = self.token_head(hidden, targets, temperature)
         # The value gradient stops here: the trunk belongs to the policy.
         values = None if self.value_head is None else self.value_head(hidden.detach())
         return logprobs, entropies, values
 
-    def hidden(self, tokens: Tensor, lines: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """The states [N, D] at (lines[n], positions[n]) of right-padded tokens [B, L]."""
-        return _states(self.lm.base_model, tokens, position_ids)[lines, positions]
+    def hidden(
+        self,
+        tokens: Tensor,
+        lines: Tensor,
+        positions: Tensor,
+        position_ids: Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """The states [N, D] at (lines[n], positions[n]) of tokens [B, L]."""
+        return trunk_states(self.lm.base_model, position_ids, segments, input_ids=tokens)[lines, positions]
 
     def last_layer_parameters(self) -> list[nn.Parameter]:
         """Of the top transformer layer.
@@ -110,16 +119,16 @@ class CriticModel(nn.Module):
         self.trunk = trunk
         self.value_head = head
 
-    def forward(self, tokens: Tensor, lines: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Values [N] of the states (lines[n], positions[n]) in right-padded tokens [B, L]."""
-        return self.value_head(_states(self.trunk, tokens, position_ids)[lines, positions])
-
-
-def _states(trunk: Any, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
-    """The last layer's states [B, L, D]."""
-    # Transformers takes positions that start again, without an attention mask, for packed sequences.
-    packed = {} if position_ids is None else {"position_ids": position_ids}
-    return trunk(input_ids=tokens, use_cache=False, **packed).last_hidden_state
+    def forward(
+        self,
+        tokens: Tensor,
+        lines: Tensor,
+        positions: Tensor,
+        position_ids: Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """Values [N] of the states (lines[n], positions[n]) of tokens [B, L], as in PolicyModel."""
+        return self.value_head(trunk_states(self.trunk, position_ids, segments, input_ids=tokens)[lines, positions])
 
 
 def load_policy(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from raylhf.models.adapters import one_adapter
 from raylhf.models.calibration import Calibration
 from raylhf.models.load import max_positions
+from raylhf.models.packing import PackedLine, trunk_states
 
 RewardKind = Literal["scalar", "token", "process", "multi_value", "ensemble"]
 Aggregate = Literal["sum", "mean", "last", "steps"]
@@ -90,15 +91,22 @@ class RewardModel(nn.Module):
         return max_positions(self.hf.config)
 
     def forward(
-        self, tokens: Tensor | None, lengths: Tensor, *, member: int | None = None, hidden: Tensor | None = None
+        self,
+        tokens: Tensor | None,
+        lengths: Tensor,
+        *,
+        member: int | None = None,
+        hidden: Tensor | None = None,
+        packed: PackedLine | None = None,
     ) -> Tensor:
         """Scores, float32: [B, H] of a pooled head, [B, 1] of one member, [B, L] of a token-level head.
 
         `hidden` [B, L, D] is what `lower` gave, and then `tokens` is not read. With LoRA members, `member` None runs
-        them all, one after the other.
+        them all, one after the other. With `packed` (decoders only), tokens [1, N] or hidden [1, N, D] are those of a
+        line.
         """
         if not self.lora_members:
-            scores = self._scores(tokens, lengths, hidden)
+            scores = self._scores(tokens, lengths, hidden, packed)
             return scores if member is None else scores[:, member : member + 1]
         if self.training and self.hf.is_gradient_checkpointing:
             raise ValueError(
@@ -108,7 +116,7 @@ class RewardModel(nn.Module):
         columns = []
         for k in range(len(self.lora_members)) if member is None else (member,):
             with one_adapter(self.hf, self.lora_members[k]):
-                columns.append(self._scores(tokens, lengths, hidden)[:, k : k + 1])
+                columns.append(self._scores(tokens, lengths, hidden, packed)[:, k : k + 1])
         return torch.cat(columns, dim=1)
 
     @torch.no_grad()
@@ -124,18 +132,25 @@ class RewardModel(nn.Module):
             handle.remove()
         return caught[0]
 
-    def _scores(self, tokens: Tensor | None, lengths: Tensor, hidden: Tensor | None) -> Tensor:
-        scores = (
-            self._decoder_scores(tokens, lengths, hidden) if self.is_decoder else self._encoder_scores(tokens, lengths)
-        )
+    def _scores(
+        self, tokens: Tensor | None, lengths: Tensor, hidden: Tensor | None, packed: PackedLine | None
+    ) -> Tensor:
+        if self.is_decoder:
+            scores = self._decoder_scores(tokens, lengths, hidden, packed)
+        else:
+            scores = self._encoder_scores(tokens, lengths)
         if not self.is_token_level:
             return scores
         # Two outputs are those of a classifier into wrong and right: their difference is the log-odds of right.
         return scores[..., 0] if scores.shape[-1] == 1 else scores[..., 1] - scores[..., 0]
 
-    def _decoder_scores(self, tokens: Tensor | None, lengths: Tensor, hidden: Tensor | None) -> Tensor:
-        states = self._states(tokens, hidden)
-        if not self.is_token_level:
+    def _decoder_scores(
+        self, tokens: Tensor | None, lengths: Tensor, hidden: Tensor | None, packed: PackedLine | None
+    ) -> Tensor:
+        states = self._states(tokens, hidden, packed)
+        if packed is not None:
+            states = states[0][packed.reads]
+        elif not self.is_token_level:
             states = states[torch.arange(len(lengths), device=states.device), lengths - 1]
         return self.hf.get_submodule(self.head_name)(states)
 
@@ -148,16 +163,18 @@ class RewardModel(nn.Module):
             inputs["token_type_ids"] = (is_separator.cumsum(1) - is_separator).clamp(max=1)
         return self.hf(input_ids=tokens, **inputs).logits.float()
 
-    def _states(self, tokens: Tensor | None, hidden: Tensor | None) -> Tensor:
+    def _states(self, tokens: Tensor | None, hidden: Tensor | None, packed: PackedLine | None) -> Tensor:
         """Last hidden states [B, L, D]. Causal attention lets no real token see the padding: no mask is needed."""
+        layout = (None, None) if packed is None else (packed.position_ids, packed.segments)
         if hidden is None:
-            return self.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+            assert tokens is not None
+            return trunk_states(self.trunk, *layout, input_ids=tokens)
         with _layers(self.trunk, slice(self.frozen_depth, None)):
             first = self.trunk.layers[0] if len(self.trunk.layers) else getattr(self.trunk, norm_name(self.trunk))
             # Some models scale what they take for embeddings; the states enter behind that.
             handle = first.register_forward_pre_hook(lambda _, inputs: (hidden, *inputs[1:]))
             try:
-                return self.trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state
+                return trunk_states(self.trunk, *layout, inputs_embeds=hidden)
             finally:
                 handle.remove()
 

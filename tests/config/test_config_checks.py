@@ -72,7 +72,6 @@ REFUSED = [
     ({"objective.critic.warmup_steps": 5}, "objective.critic.warmup_steps: is 5, but the run has num_steps = 5"),
     ({"learner.num_ranks": 3, "cluster.cpus_per_node": 8}, "is 8, not a multiple of learner.num_ranks = 3"),
     ({"objective.num_minibatches": 3}, "which does not divide the 8 responses of a rank"),
-    ({"learner.micro_batch_size": 9}, "is 9, more than the 8 responses"),
     ({"model.dtype": "bfloat16"}, "model.dtype: is bfloat16, but learner.num_gpus is 0"),
     (GPU | {"model.attention": "flash_attention_2"}, "has no float32"),
     ({"model.attention": "flash_attention_2", "model.dtype": "bfloat16"}, "needs a GPU"),

@@ -87,11 +87,11 @@ def test_config_prints_every_key_with_its_meaning(capsys, monkeypatch):
     assert main(["config"]) == 0
     out = capsys.readouterr().out
     for text in (
-        "learner.micro_batch_size",
+        "learner.micro_batch_tokens",
         "learner.lora.rank",
         "reward.graph[kind=sum].parts.N.weight",
         "objective.kl.control[kind=adaptive].horizon",
-        "Sequences in one forward and backward; changes memory and speed, never the result.",
+        "Most tokens, of prompts and responses, in one forward and backward; a longer sequence is alone",
     ):
         assert text in out
 

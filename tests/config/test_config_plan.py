@@ -53,14 +53,14 @@ def test_a_local_folder_is_read_from_its_config(tmp_path):
 
 
 def test_batch_arithmetic(build):
-    # 12 prompts x 4 = 48 responses; 2 ranks: 24 each; 3 minibatches: 8; micro-batches of 3: 3 + 3 + 2.
+    # 12 prompts x 4 = 48 responses; 2 ranks: 24 each; 3 minibatches: 8; passes of 500 tokens hold 3 of 150: 3 + 3 + 2.
     changes = {
         "rollout.prompts_per_step": 12,
         "rollout.group_size": 4,
         "rollout.sampling": {"max_response_tokens": 100},
         "data.max_prompt_tokens": 50,
         "learner.num_ranks": 2,
-        "learner.micro_batch_size": 3,
+        "learner.micro_batch_tokens": 500,
         "objective.num_minibatches": 3,
         "objective.num_epochs": 2,
     }
@@ -147,10 +147,10 @@ def test_the_engine_fills_its_share_and_the_kv_cache_is_what_is_left(build):
 
 
 def test_activations_of_a_checkpointed_micro_batch(build):
-    # 2 x 768 tokens of the tiny model in float32: 2 layers keep their input, one layer is recomputed.
-    changes = {"learner.micro_batch_size": 2, "learner.gradient_checkpointing": True}
+    # 1,536 tokens of the tiny model in float32: 2 layers keep their input, one layer is recomputed.
+    changes = {"learner.micro_batch_tokens": 1536, "learner.gradient_checkpointing": True}
     kept, layer = 2 * 64 * 4, (6 * 64 + 2 * 32 * (2 + 2) + 4 * 128) * 4
-    assert items(resolve_plan(build(changes)), "learner", "host")["activations"] == 2 * 768 * (kept + layer)
+    assert items(resolve_plan(build(changes)), "learner", "host")["activations"] == 1536 * (kept + layer)
 
 
 def test_roles_on_a_shared_gpu_add_up(build):

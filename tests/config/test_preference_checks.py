@@ -174,7 +174,7 @@ def test_what_else_is_legal_together(online):
         ({"pairs": {"parts": ["a", "b"]}}, {}, "objective.pairs.parts: has no effect without pareto or weight_by"),
         (
             {"num_minibatches": 16},
-            {"learner.micro_batch_size": 2},
+            {},
             "objective.num_minibatches: is 16, which does not divide the 8 prompts of a rank, whose responses stay",
         ),
         ({"reference": {"mix": 0.5}}, {}, "objective.reference.mix: has no effect with every_steps: 0"),
@@ -245,10 +245,6 @@ def test_a_reference_of_few_bits_is_not_moved_a_little(online):
         (
             WDPO | ATTENTION | {"learner": {"gradient_checkpointing": True}},
             "learner.gradient_checkpointing: is true, but the loss wdpo needs a gradient of a gradient",
-        ),
-        (
-            {"objective": {"kind": "preference", **WDPO, "packing": True}, **ATTENTION},
-            "objective.packing: is true, but the loss wdpo needs a gradient of a gradient by single responses",
         ),
         ({"reference": {"mix": 0.5}}, "objective.reference.mix: has no effect with every_steps: 0; set that, or remov"),
         (

@@ -28,8 +28,8 @@ def test_more_steps_another_name_and_more_workers_may_change():
 def test_the_learners_may_be_cut_otherwise_also_where_the_checkpoint_still_lists_how_they_were():
     saved = settings() | {"learner.num_ranks": 2, "learner.zero_stage": 1}
     require_same_settings(saved, settings(learner={"num_ranks": 4, "zero_stage": 3}), folder="runs/x")
-    with pytest.raises(ValueError, match=r"learner\.micro_batch_size was 4, is 8"):
-        require_same_settings(saved, settings(learner={"micro_batch_size": 8}), folder="runs/x")
+    with pytest.raises(ValueError, match=r"learner\.micro_batch_tokens was 2048, is 8"):
+        require_same_settings(saved, settings(learner={"micro_batch_tokens": 8}), folder="runs/x")
 
 
 @pytest.mark.parametrize(

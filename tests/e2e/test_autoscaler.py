@@ -25,7 +25,7 @@ SETTINGS = (
     "reward.resources={rewards: 1}",
     "learner.resources={learners: 1}",
     "learner.num_ranks=1",
-    "learner.micro_batch_size=8",
+    "learner.micro_batch_tokens=640",
     "cluster.address=auto",
     "cluster.num_nodes=3",
 )

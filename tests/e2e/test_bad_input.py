@@ -54,7 +54,7 @@ def test_invalid_scores_and_overlong_prompts_are_counted_and_skipped(raylhf, tmp
         "objective.advantage=grpo",
         "objective.critic={}",
         "learner.lora={rank: 4}",
-        "learner.micro_batch_size=8",
+        "learner.micro_batch_tokens=640",
         environment=with_module,
     )
     assert run.process.returncode == 0, run.story()

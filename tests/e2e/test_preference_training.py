@@ -87,7 +87,7 @@ def test_online_dpo_runs_on_the_rollout_and_reward_path_of_ppo(raylhf):
         "rollout.group_size=4",
         "rollout.sampling.max_response_tokens=12",
         "rollout.threads=1",
-        "learner.micro_batch_size=4",
+        "learner.micro_batch_tokens=320",
         "learner.lr=1e-3",
         "learner.lora=null",
         "objective.pairs={kind: pareto, parts: [sentiment, length, format]}",

@@ -24,7 +24,7 @@ SMALL = (
     "rollout.prompts_per_step=8",
     "rollout.sampling.max_response_tokens=12",
     "rollout.threads=1",
-    "learner.micro_batch_size=2",
+    "learner.micro_batch_tokens=160",
     "objective.num_epochs=1",
     f"evaluation.num_samples={NUM_HELD_OUT}",
 )
@@ -302,7 +302,7 @@ def test_a_failed_score_with_resample_is_sampled_anew_and_trained_on(raylhf, fic
 
 
 def test_a_failed_score_with_raise_ends_the_run_and_names_the_leaf(raylhf, fickle):
-    once = ("rollout.group_size=1", "evaluation.responses_per_prompt=1", "learner.micro_batch_size=4")
+    once = ("rollout.group_size=1", "evaluation.responses_per_prompt=1", "learner.micro_batch_tokens=320")
     run = raylhf.run("raise", *with_leaf("once", "raise"), *once, environment=fickle)
     assert run.process.returncode == 2, run.story()
     assert run.left_running() == []

@@ -20,7 +20,7 @@ SETTINGS = (
     "objective.critic={trunk: own, lr: 1e-3}",
     "objective.kl.control={kind: adaptive, target_per_sequence: 1, horizon: 500}",
     f"rollout.prompts_per_step={PROMPTS_PER_STEP}",  # batches cross the ends of epochs
-    "learner.micro_batch_size=12",
+    "learner.micro_batch_tokens=960",
     "evaluation.responses_per_prompt=2",
     "reward.graph={kind: sum, parts: [{name: vowels, reward: {kind: characters, characters: aeiou}},"
     " {name: form, weight: 0.5, reward: {kind: format}}]}",

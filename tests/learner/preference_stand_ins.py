@@ -91,7 +91,7 @@ def make_preference_config(folder: str, path: str, **sections: Any) -> Preferenc
         "model": {"path": folder},
         "data": {"path": path, "kind": "pairs", "held_out": 0},
         "objective": {"kind": "preference", "batch_size": 64},
-        "learner": {"zero_stage": 0, "lr": 5e-3, "adam_eps": 1e-3, "micro_batch_size": 4},
+        "learner": {"zero_stage": 0, "lr": 5e-3, "adam_eps": 1e-3, "micro_batch_tokens": 100},
     }
     for name, changes in sections.items():
         raw[name] = {**raw.get(name, {}), **changes} if isinstance(changes, dict) else changes
@@ -122,7 +122,7 @@ def make_online_config(folder: str, *, group_size: int = 4, **sections: Any) -> 
         "rollout": {"prompts_per_step": NUM_GROUPS, "group_size": group_size},
         "reward": {"graph": {"kind": "format"}},
         "objective": {"kind": "online_dpo", "pairs": {"kind": "all_pairs"}},
-        "learner": {"zero_stage": 0, "lr": 5e-3, "adam_eps": 1e-3, "micro_batch_size": 4},
+        "learner": {"zero_stage": 0, "lr": 5e-3, "adam_eps": 1e-3, "micro_batch_tokens": 100},
     }
     for name, changes in sections.items():
         raw[name] = {**raw.get(name, {}), **changes} if isinstance(changes, dict) else changes

@@ -53,7 +53,7 @@ def make_reward_config(
             "head": head or {"kind": "scalar"},
             "batch_size": 6,
         },
-        "learner": {"zero_stage": 0, "lr": 1e-2, "adam_eps": 1e-3, "micro_batch_size": 16},
+        "learner": {"zero_stage": 0, "lr": 1e-2, "adam_eps": 1e-3, "micro_batch_tokens": 400},
     }
     for name, changes in sections.items():
         raw[name] = {**raw.get(name, {}), **changes} if isinstance(changes, dict) else changes

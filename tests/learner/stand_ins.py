@@ -33,7 +33,7 @@ def make_config(folder: str, *, num_steps: int = 10, **sections: dict[str, Any])
         "data": {"path": "unused"},
         "rollout": {"prompts_per_step": NUM_PROMPTS, "group_size": 2},
         "reward": {"graph": {"kind": "format"}},
-        "learner": {"zero_stage": 0, "lr": 1e-2, "micro_batch_size": 4},
+        "learner": {"zero_stage": 0, "lr": 1e-2, "micro_batch_tokens": 40},
         "objective": {"num_epochs": 1, "critic": {"trunk": "shared", "lr": 1e-2}},
     }
     for name, changes in sections.items():

@@ -51,9 +51,9 @@ def test_every_zero_stage_on_two_ranks_gives_the_update_of_one_rank(folder, sing
         assert metrics[key] == other_metrics[key], key
 
 
-def test_micro_batch_size_and_padding_do_not_change_the_update(folder, single_rank):
-    for size in (1, 16):
-        config = make_config(folder, learner={"micro_batch_size": size})
+def test_micro_batches_padding_and_packing_do_not_change_the_update(folder, single_rank):
+    for changes in ({"micro_batch_tokens": 1}, {"micro_batch_tokens": 1000}, {"packing": False}):
+        config = make_config(folder, learner=changes)
         _, weights = run_ranks(update_and_read, config, 1)[0]
         assert_same_weights(weights, single_rank["full"][1], TOLERANCE)
 

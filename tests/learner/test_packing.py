@@ -1,4 +1,4 @@
-"""Several rows on one line: what is where, and that no row sees another."""
+"""Several rows on one line: what is where, and that each has the numbers that it has alone."""
 
 from typing import Any
 
@@ -8,42 +8,73 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preference_stand_ins import RESPONSES, make_preference_config
 from reward_stand_ins import on_ranks, write_rows
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
-from raylhf.learner.microbatch import Packing, make_micro_batch, pack_lines
+from raylhf.learner.microbatch import Layout, cut_further, make_micro_batch, plan_micro_batches, sizes_of
+from raylhf.models.packing import SEGMENT_ATTENTION, require_packable
 from raylhf.models.policy import PolicyModel, load_critic, load_policy
 from raylhf.models.tiny import write_tiny_model
 
+CPU = torch.device("cpu")
+
 
 class Rows:
-    """Prompts and responses of given lengths."""
+    """Prompts and responses of given lengths; equal prompt lengths are equal prompts."""
 
     def __init__(self, *lengths: tuple[int, int]) -> None:
         rng = torch.Generator().manual_seed(0)
-        self.prompt_ids, self.response_ids = (
-            [torch.randint(5, 250, (pair[side],), generator=rng).numpy() for pair in lengths] for side in (0, 1)
-        )
+        prompts = {size: torch.randint(5, 250, (size,), generator=rng).numpy() for size, _ in lengths}
+        self.prompt_ids = [prompts[size] for size, _ in lengths]
+        self.response_ids = [torch.randint(5, 250, (size,), generator=rng).numpy() for _, size in lengths]
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 12))
-def test_every_row_stands_on_one_line_that_holds_it(sizes, line_tokens):
-    lines = pack_lines(sizes, line_tokens)
-    assert sorted(i for line in lines for i in line) == list(range(len(sizes)))
-    assert all(len(line) == 1 or sum(sizes[i] for i in line) <= line_tokens for line in lines)
-    # First fit leaves no two lines half empty.
-    loads = sorted(sum(sizes[i] for i in line) for line in lines)
-    assert len(loads) < 2 or loads[0] + loads[1] > line_tokens
+LENGTHS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 12)), min_size=1, max_size=12)
+
+
+@given(LENGTHS, st.integers(1, 30), st.booleans(), st.booleans())
+def test_every_row_is_in_one_micro_batch_that_holds_it(lengths, max_tokens, is_packed, shares_prompts):
+    layout, rows = Layout(max_tokens, is_packed, shares_prompts), Rows(*lengths)
+    parts = plan_micro_batches(sizes_of(rows), range(len(lengths)), layout)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    for part in parts:
+        tokens = make_micro_batch(rows, part, CPU, layout).tokens
+        assert len(part) == 1 or tokens.numel() <= max_tokens
+        assert tokens.numel() == layout.num_positions(sizes_of(rows), part)
+
+
+@given(LENGTHS, st.integers(1, 14))
+def test_fewer_micro_batches_than_another_rank_has_are_cut_further(lengths, count):
+    parts = plan_micro_batches(sizes_of(Rows(*lengths)), range(len(lengths)), Layout(20))
+    further = cut_further(parts, count)
+    assert sorted(row for part in further for row in part) == list(range(len(lengths)))
+    assert len(further) == max(len(parts), min(count, len(lengths))) and all(further)
 
 
 def test_a_line_holds_rows_one_after_the_other():
-    rows = Rows((2, 3), (1, 2), (3, 4), (1, 1))
-    batch = make_micro_batch(rows, [0, 1, 2, 3], torch.device("cpu"), packing=Packing(9))
-    assert batch.position_ids is not None
-    # By first fit: 7 + 2, then 5 + 3; the second line is padded by one token.
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3]]
-    assert batch.row_lines.tolist() == [1, 1, 0, 0]
-    assert batch.ends.tolist() == [4, 7, 6, 8]
+    rows = Rows((2, 3), (1, 2), (3, 4))
+    batch = make_micro_batch(rows, [0, 1, 2], CPU, Layout(100))
+    assert batch.position_ids is not None and batch.segments is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]
+    assert batch.segments.query_ends.tolist() == batch.segments.key_ends.tolist() == [0, 5, 8, 15]
+    assert batch.segments.key_positions is None
+    assert batch.ends.tolist() == [4, 7, 14]
     assert batch.tokens[batch.lines, batch.positions + 1].tolist() == batch.targets.tolist()
-    assert batch.tokens[1, 5:8].tolist() == [*rows.prompt_ids[1], *rows.response_ids[1]]
+
+
+def test_responses_to_one_prompt_follow_a_single_copy_of_it():
+    rows = Rows((2, 3), (3, 1), (2, 2))
+    batch = make_micro_batch(rows, [0, 1, 2], CPU, Layout(100))
+    assert batch.position_ids is not None and batch.segments is not None
+    # Prompt 0, its responses 0 and 2, then prompt and response 1.
+    expected = [*rows.prompt_ids[0], *rows.response_ids[0], *rows.response_ids[2], *rows.prompt_ids[1]]
+    assert batch.tokens[0].tolist() == [*expected, *rows.response_ids[1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3]]
+    assert batch.positions.tolist() == [1, 2, 3, 9, 1, 5]  # the first token of both responses follows the prompt's last
+    assert batch.ends.tolist() == [4, 10, 6]
+    assert batch.segments.query_ends.tolist() == [0, 2, 5, 7, 11]
+    assert batch.segments.key_ends.tolist() == [0, 2, 7, 11, 15]
+    assert batch.segments.key_positions is not None
+    assert batch.segments.key_positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10]
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +82,69 @@ def folder(tmp_path_factory) -> str:
     return write_tiny_model(tmp_path_factory.mktemp("packing") / "tiny")
 
 
-LAYOUT = {"dtype": torch.float32, "trust_remote_code": False}
-ROWS = Rows((5, 7), (9, 3), (2, 2), (11, 1), (1, 13))
-
-
-@pytest.mark.parametrize(("attention", "one_line"), [("sdpa", False), ("sdpa", True), ("eager", False)])
-def test_packed_rows_have_the_numbers_of_rows_apart(folder, attention, one_line):
-    policy = load_policy(folder, attention=attention, logprob_chunk=4, with_value_head=False, **LAYOUT)
-    critic = load_critic(folder, attention=attention, **LAYOUT)
-    torch.nn.init.normal_(critic.value_head.linear.weight)
-    packed, padded = (
-        make_micro_batch(ROWS, range(5), torch.device("cpu"), packing=packing)
-        for packing in (Packing(30, one_line=one_line), None)
+def write_windowed(folder: Any) -> str:
+    """A model whose tokens see but the last four."""
+    config = MistralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        vocab_size=259,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
     )
-    assert len(packed.tokens) == (1 if one_line else 2) and len(padded.tokens) == 5
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+LOADING = {"dtype": torch.float32, "trust_remote_code": False}
+ROWS = Rows((5, 7), (9, 3), (5, 2), (11, 1), (1, 13), (5, 4))
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["tiny", "windowed"])
+@pytest.mark.parametrize(("attention", "shares_prompts"), [(SEGMENT_ATTENTION, True), ("sdpa", False)])
+def test_packed_rows_have_the_numbers_and_gradients_of_rows_apart(
+    folder, tmp_path, kind, attention, shares_prompts, is_checkpointed
+):
+    model = folder if kind == "tiny" else write_windowed(tmp_path)
+    layouts = Layout(100, shares_prompts=shares_prompts), Layout(100, is_packed=False)
     found, expected = ([], [])
-    for batch, numbers in ((packed, found), (padded, expected)):
+    for layout, numbers in zip(layouts, (found, expected), strict=True):
+        used = attention if layout.is_packed else "eager"
+        policy = load_policy(model, attention=used, logprob_chunk=4, with_value_head=False, **LOADING)
+        critic = load_critic(model, attention=used, **LOADING)
+        if is_checkpointed:
+            policy.train()
+            policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.nn.init.constant_(critic.value_head.linear.weight, 0.1)
+        batch = make_micro_batch(ROWS, range(6), CPU, layout)
+        assert len(batch.tokens) == (1 if layout.is_packed else 6)
+        line = {"position_ids": batch.position_ids, "segments": batch.segments}
         where = batch.tokens, batch.lines, batch.positions
-        logprobs, entropies, _ = policy(*where, batch.targets, temperature=0.7, position_ids=batch.position_ids)
-        values = critic(*where, batch.position_ids)
+        logprobs, entropies, _ = policy(*where, batch.targets, temperature=0.7, **line)
+        values = critic(*where, **line)
         numbers.extend(batch.scatter(flat, 13) for flat in (logprobs, entropies, values))
-        numbers.append(critic(batch.tokens, batch.row_lines, batch.ends, batch.position_ids))
+        numbers.append(critic(batch.tokens, batch.row_lines, batch.ends, **line))
+        (numbers[0] * torch.arange(6)[:, None]).sum().backward()
+        numbers.extend(parameter.grad for parameter in policy.parameters())
     for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
-def across_rows(self: PolicyModel, tokens: Any, lines: Any, positions: Any, position_ids: Any = None) -> torch.Tensor:
+def test_layers_that_segments_do_not_know_are_refused():
+    require_packable(Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]))
+    config = Qwen3Config(num_hidden_layers=1)
+    config.layer_types = ["chunked_attention"]
+    with pytest.raises(ValueError, match=r"'qwen3' has layers of chunked_attention.*set learner.packing: false"):
+        require_packable(config)
+
+
+def across_rows(
+    self: PolicyModel, tokens: Any, lines: Any, positions: Any, position_ids: Any = None, segments: Any = None
+) -> torch.Tensor:
     """A model that does not know where a packed row begins."""
     return self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[lines, positions]
 
@@ -93,9 +161,7 @@ def refusal(ranks, config):
 
 def test_a_model_whose_rows_see_each_other_is_refused(folder, tmp_path):
     path = write_rows(tmp_path / "responses.jsonl", list(RESPONSES))
-    config = make_preference_config(
-        folder, path, data={"kind": "responses"}, objective={"kind": "sft", "packing": True}
-    )
+    config = make_preference_config(folder, path, data={"kind": "responses"}, objective={"kind": "sft"})
     (said,) = on_ranks(refusal, 1, config)
-    assert said.startswith("objective.packing: examples that share a line")
-    assert said.endswith("set objective.packing: false")
+    assert said.startswith("learner.packing: sequences that share a line")
+    assert said.endswith("set learner.packing: false")

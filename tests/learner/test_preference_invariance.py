@@ -26,8 +26,8 @@ OFFLINE: dict[str, dict[str, Any]] = {
     "aux_dpo": {"data": "rankings", "loss": {"offset_lr": 0.3}},
     "sft": {"data": "responses"},
     "dpo, a prompt a step": {"data": "rankings", "objective": {"batch_size": 1}},
-    "dpo, packed": {"data": "rankings", "objective": {"packing": True}},
-    "sft, packed": {"data": "responses", "objective": {"packing": True}},
+    "dpo, apart": {"data": "rankings", "learner": {"packing": False}},
+    "sft, apart": {"data": "responses", "learner": {"packing": False}},
     "kto, a prompt a step": {"data": "rankings by scores", "objective": {"batch_size": 1}},
 }
 ONLINE: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ WHOLE_WEIGHTS = ("tdpo2", "wdpo", "aux_dpo")
 """Losses that ZeRO-3 cannot serve."""
 STAGE_3 = (
     "dpo",
-    "dpo, packed",
+    "dpo, apart",
     "plackett_luce",
     "sft",
     "kto, a prompt a step",
@@ -78,10 +78,19 @@ def sources(tmp_path_factory) -> tuple[str, dict[str, str]]:
 
 def config_of(name: str, sources: tuple[str, dict[str, str]], **learner: Any) -> Any:
     folder, paths = sources
-    settings = {"data": "", "loss": {}, "objective": {}, "model": {}, **OFFLINE.get(name, {}), **ONLINE.get(name, {})}
+    settings = {
+        "data": "",
+        "loss": {},
+        "objective": {},
+        "model": {},
+        "learner": {},
+        **OFFLINE.get(name, {}),
+        **ONLINE.get(name, {}),
+    }
     kind = name.removeprefix("online ").partition(",")[0]
     objective = {"kind": "sft"} if kind == "sft" else {"loss": {"kind": kind, "beta": 0.5, **settings["loss"]}}
     objective |= settings["objective"]
+    learner |= settings["learner"]
     model = {"path": folder, **settings["model"]}
     if name in ONLINE:
         return make_online_config(folder, objective=objective, model=model, learner=learner)
@@ -112,9 +121,9 @@ def train(ranks, num_ranks, runs, folder):
 
 @pytest.fixture(scope="module")
 def on_one_rank(sources, tmp_path_factory):
-    """Runs by micro-batch size and case; with 64, every batch is one micro-batch."""
-    sizes = {**dict.fromkeys((64, 3), (*OFFLINE, *ONLINE)), **dict.fromkeys((2, 8), SIZED)}
-    runs = {(size, name): config_of(name, sources, micro_batch_size=size) for size in sizes for name in sizes[size]}
+    """Runs by micro-batch size and case; with 4096, every batch is one micro-batch."""
+    sizes = {**dict.fromkeys((4096, 75), (*OFFLINE, *ONLINE)), **dict.fromkeys((30, 200), SIZED)}
+    runs = {(size, name): config_of(name, sources, micro_batch_tokens=size) for size in sizes for name in sizes[size]}
     return on_ranks(train, 1, 1, runs, "")[0]
 
 
@@ -123,7 +132,7 @@ def on_two_ranks(sources):
     """Both ranks' runs: every case with ZeRO 2, those with whole weights with 0 as well, the others with 3."""
     cases = {2: (*OFFLINE, *ONLINE), 0: ("dpo", "kto", "online dpo", *WHOLE_WEIGHTS), 3: STAGE_3}
     runs = {
-        (stage, name): config_of(name, sources, micro_batch_size=3, zero_stage=stage)
+        (stage, name): config_of(name, sources, micro_batch_tokens=75, zero_stage=stage)
         for stage, names in cases.items()
         for name in names
     }
@@ -147,21 +156,21 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(
     ("size", "case"),
-    [*((3, case) for case in (*OFFLINE, *ONLINE)), *((size, case) for size in (2, 8) for case in SIZED)],
+    [*((75, case) for case in (*OFFLINE, *ONLINE)), *((size, case) for size in (30, 200) for case in SIZED)],
 )
 def test_micro_batches_of_any_size_give_the_update_of_one_batch(on_one_rank, case, size):
-    assert_same(on_one_rank[size, case], on_one_rank[64, case])
+    assert_same(on_one_rank[size, case], on_one_rank[4096, case])
 
 
 @pytest.mark.parametrize("case", ["dpo", "sft"])
 def test_packed_lines_give_the_update_of_padded_rows(on_one_rank, case):
-    assert_same(on_one_rank[3, f"{case}, packed"], on_one_rank[64, case])
+    assert_same(on_one_rank[75, f"{case}, apart"], on_one_rank[4096, case])
 
 
 @pytest.mark.parametrize("case", [*OFFLINE, *ONLINE])
 def test_two_ranks_give_the_update_of_one(on_one_rank, on_two_ranks, case):
     first, second = (answers[2, case] for answers in on_two_ranks)
-    assert_same(first, on_one_rank[64, case])
+    assert_same(first, on_one_rank[4096, case])
     for own, other in zip(second[0], first[0], strict=True):
         assert {k: v for k, v in own.items() if not k.endswith("_s")} == {
             k: v for k, v in other.items() if not k.endswith("_s")
@@ -170,16 +179,16 @@ def test_two_ranks_give_the_update_of_one(on_one_rank, on_two_ranks, case):
 
 @pytest.mark.parametrize("case", ["dpo", "kto", "online dpo", *WHOLE_WEIGHTS])
 def test_without_partitions_two_ranks_give_the_update_of_one(on_one_rank, on_two_ranks, case):
-    assert_same(on_two_ranks[0][0, case], on_one_rank[64, case])
+    assert_same(on_two_ranks[0][0, case], on_one_rank[4096, case])
 
 
 @pytest.mark.parametrize("case", STAGE_3)
 def test_zero_3_on_two_ranks_gives_the_update_of_one(on_one_rank, on_two_ranks, case):
-    assert_same(on_two_ranks[0][3, case], on_one_rank[64, case])
+    assert_same(on_two_ranks[0][3, case], on_one_rank[4096, case])
 
 
 @pytest.mark.parametrize("case", [*OFFLINE, *ONLINE])
 def test_every_step_moves_the_policy(on_one_rank, case):
-    metrics, _ = on_one_rank[64, case]
+    metrics, _ = on_one_rank[4096, case]
     assert all(m["policy/grad_norm"] > 0 for m in metrics[:NUM_STEPS])
     assert all(np.isfinite(value) for m in metrics for value in m.values())

@@ -48,8 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"data": "responses"},
     "sft on pairs": {"data": "pairs"},
 }
-PACKED = ("dpo", "kto", "tdpo2", "tgdpo", "t_reg", "aux_dpo", "plackett_luce", "sft")
-CASES |= {f"{case}, packed": CASES[case] for case in PACKED}
+APART = ("dpo", "kto", "tdpo2", "tgdpo", "t_reg", "aux_dpo", "plackett_luce", "sft")
+CASES |= {f"{case}, apart": CASES[case] for case in APART}
 KINDS = {"two prompts": "pairs", "steps": "pairs"}
 """data.kind, where the file is called otherwise."""
 
@@ -60,16 +60,16 @@ def config_of(case: str, models: dict[str, str], paths: dict[str, str]) -> Any:
     if case.startswith("sft"):
         objective: dict[str, Any] = {"kind": "sft"}
     else:
-        kind = case.removesuffix(", packed")
+        kind = case.removesuffix(", apart")
         loss = {"kind": kind, **settings["loss"]}
         objective = {"loss": loss | ({"guide": models["guide"]} if kind == "tgdpo" else {})}
-    objective["packing"] = case.endswith(", packed")
     return make_preference_config(
         models["start"],
         paths[data],
         data={"kind": KINDS.get(data, data)},
         objective=objective,
         model={"path": models["start"], **settings["model"]},
+        learner={"packing": not case.endswith(", apart")},
     )
 
 

@@ -14,6 +14,7 @@ from raylhf.config.reward_model import (
     TokenAggregateLoss,
     TokenStepLoss,
 )
+from raylhf.learner.microbatch import Layout
 from raylhf.learner.reward_batch import (
     EncodedExample,
     Row,
@@ -53,18 +54,33 @@ def test_work_is_dealt_evenly_and_a_rank_may_get_none():
     assert deal([7], 3) == [[0], [], []]
 
 
-def test_a_micro_batch_holds_whole_examples_and_at_most_its_size():
+@pytest.mark.parametrize(("is_packed", "max_tokens"), [(True, 22), (False, 36)])
+def test_a_micro_batch_holds_whole_examples_and_at_most_its_tokens(is_packed, max_tokens):
     examples = [example_of(0, [9, 3]), example_of(1, [2, 2, 2]), example_of(2, [4]), example_of(3, [5, 5])]
-    packs = pack_examples(examples, 4)
-    assert [[encoded.example.index for encoded in pack] for pack in packs] == [[1, 2], [3, 0]]
-    too_large = pack_examples(examples, 2)
+    # Packed: 6 + 4 + 10 tokens, then 12. Apart: 6 rows of 5 positions, then 2 of 9 (8 rows of 9 would be 72).
+    packs = pack_examples(examples, Layout(max_tokens, is_packed))
+    assert [[encoded.example.index for encoded in pack] for pack in packs] == [[1, 2, 3], [0]]
+    too_large = pack_examples(examples, Layout(5, is_packed))
     assert [[encoded.example.index for encoded in pack] for pack in too_large] == [[1], [2], [3], [0]]
 
 
 def test_rows_are_packed_by_length():
     rows = [row for encoded in (example_of(0, [9, 3]), example_of(1, [4])) for row in encoded.rows]
-    assert pack_rows(rows, 2) == [[1, 2], [0]]
-    assert pack_rows([], 2) == []
+    assert pack_rows(rows, Layout(12, is_packed=False)) == [[1, 2], [0]]
+    assert pack_rows(rows, Layout(9)) == [[0], [2, 1]]
+    assert pack_rows([], Layout(9)) == []
+
+
+def test_rows_of_an_example_share_what_they_begin_with_and_keep_a_token_of_their_own():
+    messages = ({"role": "user", "content": "q"},)
+    judged = RewardExample(0, messages, ("abc", "abd", "a"), (Pair(0, 1),))
+    rows = encode_example(byte_tokenizer(), judged, max_tokens=512).rows
+    shared = rows[0].num_shared
+    assert [row.num_shared for row in rows] == [shared] * 3
+    text = "".join(byte_tokenizer().convert_ids_to_tokens(rows[0].ids[:shared].tolist()))
+    assert text.endswith("a") and all((row.ids[:shared] == rows[0].ids[:shared]).all() for row in rows)
+    same = encode_example(byte_tokenizer(), RewardExample(0, messages, ("a", "a")), max_tokens=512).rows
+    assert [row.num_shared for row in same] == [len(same[0].ids) - 1] * 2
 
 
 def test_steps_end_at_the_token_of_their_last_character_and_cut_ones_nowhere():

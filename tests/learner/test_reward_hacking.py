@@ -104,7 +104,7 @@ def trained(tmp_path_factory):
                 "importance_cap": None,
             },
             reward={"graph": ensemble(node)},
-            learner={"lr": 4e-3, "micro_batch_size": BATCH},
+            learner={"lr": 4e-3, "micro_batch_tokens": 4096},
             objective={
                 "kl": {"coef": BETA},
                 "gae_lambda": 1.0,

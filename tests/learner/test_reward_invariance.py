@@ -151,14 +151,16 @@ def headed(sources, tmp_path_factory) -> dict[str, str]:
 
 def started_runs(sources, headed, *, stage: int) -> dict[tuple[str, str], Any]:
     """Runs that start from a whole reward model, in two passes."""
-    learner = {"zero_stage": stage, "micro_batch_size": 3}
+    learner = {"zero_stage": stage, "micro_batch_tokens": 60}
     return {("started", name): config_of(name, (headed[name], sources[1]), **learner) for name in STARTED}
 
 
 @pytest.fixture(scope="module")
 def on_one_rank(sources, headed, tmp_path_factory):
-    """Runs by micro-batch size and case; with 64, every batch is one micro-batch."""
-    runs = {(size, name): config_of(name, sources, micro_batch_size=size) for size in (64, 2, 5) for name in CASES}
+    """Runs by micro-batch size and case; with 4096, every batch is one micro-batch."""
+    runs = {
+        (size, name): config_of(name, sources, micro_batch_tokens=size) for size in (4096, 40, 100) for name in CASES
+    }
     return on_ranks(train, 1, {**runs, **started_runs(sources, headed, stage=0)}, str(tmp_path_factory.mktemp("one")))[
         0
     ]
@@ -167,11 +169,11 @@ def on_one_rank(sources, headed, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_two_ranks(sources, headed, tmp_path_factory):
     """Both ranks' runs: every case with ZeRO 2, some with 0 and 3, some resumed."""
-    runs = {(2, name): config_of(name, sources, micro_batch_size=3, zero_stage=2) for name in CASES}
-    runs |= {(0, name): config_of(name, sources, micro_batch_size=3, zero_stage=0) for name in STARTED}
+    runs = {(2, name): config_of(name, sources, micro_batch_tokens=60, zero_stage=2) for name in CASES}
+    runs |= {(0, name): config_of(name, sources, micro_batch_tokens=60, zero_stage=0) for name in STARTED}
     runs |= started_runs(sources, headed, stage=3)
     for name, stage in RESUMED.items():
-        runs["resumed", name] = config_of(name, sources, micro_batch_size=3, zero_stage=stage)
+        runs["resumed", name] = config_of(name, sources, micro_batch_tokens=60, zero_stage=stage)
     return on_ranks(train, 2, runs, str(tmp_path_factory.mktemp("two")))
 
 
@@ -188,16 +190,16 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("size", [40, 100])
 def test_small_micro_batches_and_two_passes_give_the_update_of_one_batch(on_one_rank, case, size):
-    # With 2 rows a micro-batch, prompts with 3 and 4 responses take two passes; with 5, none does.
-    assert_same(on_one_rank[size, case], on_one_rank[64, case])
+    # With 40 tokens in a micro-batch, prompts with 3 and 4 responses take two passes.
+    assert_same(on_one_rank[size, case], on_one_rank[4096, case])
 
 
 @pytest.mark.parametrize(("stage", "case"), [*((2, case) for case in CASES), *((0, case) for case in STARTED)])
 def test_two_ranks_give_the_update_of_one(on_one_rank, on_two_ranks, case, stage):
     first, second = (answers[stage, case] for answers in on_two_ranks)
-    assert_same(first, on_one_rank[64, case])
+    assert_same(first, on_one_rank[4096, case])
     for step, metrics in enumerate(second[0]):
         assert metrics == first[0][step] | {"rm/tokens_per_s": metrics["rm/tokens_per_s"]}
 
@@ -217,7 +219,7 @@ def test_a_resumed_run_continues_to_the_bit(on_two_ranks, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_update_moves_the_head_and_the_trunk(on_one_rank, sources, case):
-    metrics, weights = on_one_rank[64, case]
+    metrics, weights = on_one_rank[4096, case]
     start = dict(
         load_causal_lm(sources[0], dtype=torch.float32, attention="sdpa", trust_remote_code=False).named_parameters()
     )

@@ -33,7 +33,7 @@ def settings(**learner):
             "adam_eps": 1e-8,
             "lr_schedule": "linear",
             "lr_warmup_steps": 5,
-            "micro_batch_size": 64,
+            "micro_batch_tokens": 4096,
             **learner,
         },
         "objective": {"batch_size": 16},

@@ -1,0 +1,199 @@
+"""Sequences one after the other on one line, without padding: what attends to what, and the attention that does so.
+
+A segment attends to itself, causally, and to all of its prefix, another segment of the line. Responses to one prompt
+can thus follow a single copy of it, each as if it stood alone behind the prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SEGMENT_ATTENTION = "raylhf_segments"
+"""Name of the attention below among those of Transformers; it is `sdpa` where a batch is not packed."""
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of the line, behind those of [prefix_start, prefix_stop)."""
+
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens that the last one attends to."""
+        return self.stop - self.start + self.prefix_stop - self.prefix_start
+
+
+class Segments:
+    """The segments of a line of N tokens, in order and without gaps."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.each = tuple(segments)
+        self.max_queries = max(s.stop - s.start for s in self.each)
+        self.max_keys = max(s.num_keys for s in self.each)
+        self.query_ends = _ends([s.stop - s.start for s in self.each], device)
+        """Where each begins, and N: int32 [S + 1]."""
+        self.key_ends = _ends([s.num_keys for s in self.each], device)
+        """The same for the keys."""
+        self.key_positions: Tensor | None = None
+        """Positions of all keys, segment by segment; None where they are the line."""
+        if any(s.prefix_stop > s.prefix_start for s in self.each):
+            parts = [p for s in self.each for p in ((s.prefix_start, s.prefix_stop), (s.start, s.stop))]
+            self.key_positions = torch.cat([torch.arange(*part) for part in parts]).to(device)
+
+
+@dataclass(frozen=True)
+class PackedLine:
+    """What a reward model needs beside the tokens [1, N] of rows on one line."""
+
+    position_ids: Tensor
+    """Position of each token in its row, [1, N] long."""
+    segments: Segments | None
+    """What attends to what; None where positions tell (flash attention)."""
+    reads: Tensor
+    """Where the scores stand: of each row, [B] long, or of each of its tokens, [B, L] long, any place after its end."""
+
+
+def _ends(sizes: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0).to(device=device, dtype=torch.int32)
+
+
+def trunk_states(trunk: Any, position_ids: Tensor | None, segments: Segments | None, **inputs: Tensor) -> Tensor:
+    """The last layer's states [B, L, D] of `input_ids` or `inputs_embeds`.
+
+    position_ids [1, N] and segments are those of a packed line; with positions alone, Transformers keeps sequences
+    apart where positions start again (flash attention). Without both, causal attention lets no token see the padding.
+    """
+    packed: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+    if segments is None:
+        return trunk(use_cache=False, **inputs, **packed).last_hidden_state
+    with _needs_no_mask():
+        return trunk(use_cache=False, segments=segments, **inputs, **packed).last_hidden_state
+
+
+def require_packable(config: Any) -> None:
+    """Raises: ValueError: some layers attend in a way that segments do not know (chunked or linear attention)."""
+    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS):
+        raise ValueError(
+            f"learner.packing: the model {config.model_type!r} has layers of {', '.join(unknown)}, which raylhf cannot "
+            "keep apart on a packed line; set learner.packing: false"
+        )
+
+
+# --- the attention ----------------------------------------------------------------------------------------------------
+
+_is_packed: ContextVar[bool] = ContextVar("is_packed", default=False)
+
+
+@contextmanager
+def _needs_no_mask() -> Iterator[None]:
+    """Within it, no mask of N x N positions is made: the attention knows the segments."""
+    token = _is_packed.set(True)
+    try:
+        yield
+    finally:
+        _is_packed.reset(token)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _is_packed.get() else sdpa_mask(*args, **kwargs)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention: query [B, H, L, D], key and value [B, H_kv, L, D] to [B, L, H, D].
+
+    With `segments`, B is 1. On a GPU in half precision this is one call of PyTorch's variable-length flash attention,
+    elsewhere one `scaled_dot_product_attention` for each segment.
+    """
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    attend = _varlen if query.is_cuda and query.dtype != torch.float32 else _one_by_one
+    return attend(query[0], key[0], value[0], segments, scaling, sliding_window)[None], None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    """[H, N, D] to [N, H, D]."""
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    if segments.key_positions is not None:
+        key, value = key[segments.key_positions], value[segments.key_positions]
+    attended = varlen_attn(
+        query,
+        key,
+        value,
+        segments.query_ends,
+        segments.key_ends,
+        segments.max_queries,
+        segments.max_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(attended, Tensor)  # the log-sum-exp comes with it only where it is asked for
+    return attended
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    """[H, N, D] to [N, H, D]."""
+    outputs = []
+    for s in segments.each:
+        keys, values = key[:, s.start : s.stop], value[:, s.start : s.stop]
+        if s.prefix_stop > s.prefix_start:
+            keys = torch.cat([key[:, s.prefix_start : s.prefix_stop], keys], dim=1)
+            values = torch.cat([value[:, s.prefix_start : s.prefix_stop], values], dim=1)
+        mask = _band(s, window, query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[None, :, s.start : s.stop],
+                keys[None],
+                values[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=len(query) != len(key),
+            )[0]
+        )
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _band(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys each token attends to, bool [tokens, keys]; None where that is plain causality."""
+    num_queries, num_keys = segment.stop - segment.start, segment.num_keys
+    if num_keys == num_queries and (window is None or window >= num_keys):
+        return None
+    behind = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None] - torch.arange(
+        num_keys, device=device
+    )
+    return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+
+
+AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+AttentionMaskInterface.register(SEGMENT_ATTENTION, _mask)
