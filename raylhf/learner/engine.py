@@ -115,7 +115,7 @@ def build_engine(
 
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(list(groups), adamw_mode=True, **options)
     else:
-        optimizer = torch.optim.AdamW(list(groups), **options)
+        optimizer = torch.optim.AdamW(list(groups), fused=True, **options)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 

@@ -205,19 +205,19 @@ def _packed(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, s
     end = 0
     for group in groups.values():
         prompt = prompts[group[0]]
-        start, behind = end, end + len(prompt)
+        start, end = end, end + len(prompt)
         pieces.append(prompt)
         position_ids.append(np.arange(len(prompt)))
-        end = behind
+        prefix = len(segments)
         if len(group) > 1:
-            segments.append(Segment(start, behind))
+            segments.append(Segment(len(prompt)))
         for i in group:
             prompt_starts[i], response_starts[i] = start, end
             pieces.append(responses[i])
             position_ids.append(np.arange(len(prompt), len(prompt) + len(responses[i])))
             end += len(responses[i])
             is_alone = len(group) == 1
-            segments.append(Segment(start, end) if is_alone else Segment(end - len(responses[i]), end, start, behind))
+            segments.append(Segment(end - start) if is_alone else Segment(len(responses[i]), prefix))
     return Placed(
         np.concatenate(pieces)[None],
         np.zeros(len(prompts), dtype=np.int64),

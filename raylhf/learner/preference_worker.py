@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from raylhf.config.algorithms import LOSSES, Need
 from raylhf.config.preference import PreferenceConfig, loss_of
@@ -13,11 +15,12 @@ from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.config.run import PreferenceRunConfig
 from raylhf.learner.checkpoint import files_seen, load_learner, save_learner
 from raylhf.learner.engine import Rendezvous, peak_memory_gib
+from raylhf.learner.microbatch import pad_rows
 from raylhf.learner.models import LearnerModels, build_models
 from raylhf.learner.preference_batch import PreferenceBatch
 from raylhf.learner.preference_examples import PreferenceExample, assemble, encode_examples
 from raylhf.learner.preference_metrics import declare, preference_metrics
-from raylhf.learner.preference_update import PreferenceUpdate
+from raylhf.learner.preference_update import Columns, PreferenceUpdate
 from raylhf.learner.reward_batch import deal, draw
 from raylhf.learner.reward_worker import require_same_data
 from raylhf.learner.schedule import lr_scale
@@ -45,6 +48,8 @@ class PreferenceLearnerWorker:
         self._train: list[PreferenceExample]
         self._held_out: list[PreferenceExample]
         self._now: float
+        self._kept: dict[int, dict[str, list[np.ndarray]]] = {}
+        """What frozen models say of examples of the training data, by column: [T] of each row."""
         self._models: LearnerModels
         self._update: PreferenceUpdate
 
@@ -113,11 +118,12 @@ class PreferenceLearnerWorker:
             RuntimeError: loss or gradient are not finite.
         """
         started = time.perf_counter()
-        examples = [self._train[i] for i in self._drawn(step)]
+        drawn = self._drawn(step)
+        examples = [self._train[i] for i in drawn]
         batch = self._share(examples)
         totals = Totals(self._device)
         declare(totals)
-        columns = self._update.columns(batch)
+        columns = self._columns(batch, drawn)
         shared = self._update.prepare(batch, columns, step=step)
         lr = self._lr(step)
         norm = self._update.step(batch, columns, shared, totals, lrs=[lr])
@@ -148,14 +154,57 @@ class PreferenceLearnerWorker:
         batch_size = self._config.objective.batch_size
         return draw(step, num_examples=len(self._train), batch_size=batch_size, seed=self._config.seed)
 
+    def _columns(self, batch: PreferenceBatch, drawn: list[int]) -> Columns:
+        """What the loss compares `batch`, this rank's share of the examples `drawn`, with.
+
+        What frozen models say of an example is asked once: later passes over the data find it in host memory.
+        """
+        if not self._keeps_columns:
+            return self._update.columns(batch)
+        own = [drawn[place] for place in self._dealt([self._train[i] for i in drawn])]
+        if all(i in self._kept for i in drawn):  # on every rank or on none
+            rows = [self._kept[i] for i in own or drawn[:1]]
+            known = {
+                name: pad_rows([row for kept in rows for row in kept[name]], batch.width, self._device)
+                for name in rows[0]
+            }
+            return self._update.columns(batch, known)
+        columns = self._update.columns(batch)
+        found = {name: table.cpu().numpy() for name, table in columns.items() if name != "old"}
+        ends = np.cumsum([len(self._train[i].rows) for i in own])
+        lengths = batch.lengths.tolist()
+        mine = {
+            i: {
+                name: [table[r, : lengths[r]].copy() for r in range(end - len(self._train[i].rows), end)]
+                for name, table in found.items()
+            }
+            for i, end in zip(own, ends.tolist(), strict=True)
+        }
+        everyones: list[Any] = [None] * self._config.learner.num_ranks
+        dist.all_gather_object(everyones, mine)
+        for part in everyones:
+            self._kept |= part
+        return columns
+
+    @property
+    def _keeps_columns(self) -> bool:
+        """Whether examples come again and the models that they are compared with stay as they are."""
+        objective = self._config.objective
+        is_fixed = isinstance(objective, PreferenceConfig) and objective.reference.every_steps == 0
+        num_drawn = self._config.total_steps(len(self._train)) * objective.batch_size
+        return is_fixed and num_drawn > len(self._train) + objective.batch_size
+
     def _share(self, examples: list[PreferenceExample]) -> PreferenceBatch:
         """This rank's part of some examples; a rank without one gets an example that does not count."""
         own = self._own(examples)
         return assemble(own or examples[:1], self._loss, now=self._now, counts=bool(own))
 
     def _own(self, examples: list[PreferenceExample]) -> list[PreferenceExample]:
-        dealt = deal([example.num_tokens for example in examples], self._config.learner.num_ranks)
-        return [examples[i] for i in dealt[self._rank]]
+        return [examples[i] for i in self._dealt(examples)]
+
+    def _dealt(self, examples: list[PreferenceExample]) -> list[int]:
+        """Which of the examples are this rank's."""
+        return deal([example.num_tokens for example in examples], self._config.learner.num_ranks)[self._rank]
 
     def _lr(self, step: int) -> float:
         learner, num_steps = self._config.learner, self._config.total_steps(len(self._train))

@@ -25,17 +25,12 @@ _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of the line, behind those of [prefix_start, prefix_stop)."""
+    """A stretch of the line."""
 
-    start: int
-    stop: int
-    prefix_start: int = 0
-    prefix_stop: int = 0
-
-    @property
-    def num_keys(self) -> int:
-        """Tokens that the last one attends to."""
-        return self.stop - self.start + self.prefix_stop - self.prefix_start
+    size: int
+    """Tokens."""
+    prefix: int | None = None
+    """Number of the segment that it stands behind."""
 
 
 class Segments:
@@ -43,17 +38,21 @@ class Segments:
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.each = tuple(segments)
-        self.max_queries = max(s.stop - s.start for s in self.each)
-        self.max_keys = max(s.num_keys for s in self.each)
-        self.query_ends = _ends([s.stop - s.start for s in self.each], device)
+        self.sizes = [s.size for s in self.each]
+        num_keys = [s.size if s.prefix is None else self.sizes[s.prefix] + s.size for s in self.each]
+        self.max_queries, self.max_keys = max(self.sizes), max(num_keys)
+        self.query_ends = _ends(self.sizes, device)
         """Where each begins, and N: int32 [S + 1]."""
-        self.key_ends = _ends([s.num_keys for s in self.each], device)
+        self.key_ends = _ends(num_keys, device)
         """The same for the keys."""
         self.key_positions: Tensor | None = None
         """Positions of all keys, segment by segment; None where they are the line."""
-        if any(s.prefix_stop > s.prefix_start for s in self.each):
-            parts = [p for s in self.each for p in ((s.prefix_start, s.prefix_stop), (s.start, s.stop))]
-            self.key_positions = torch.cat([torch.arange(*part) for part in parts]).to(device)
+        if num_keys != self.sizes:
+            stretches = torch.arange(sum(self.sizes)).split(self.sizes)
+            parts = [
+                (() if s.prefix is None else (stretches[s.prefix],)) + (stretches[i],) for i, s in enumerate(self.each)
+            ]
+            self.key_positions = torch.cat([stretch for part in parts for stretch in part]).to(device)
 
 
 @dataclass(frozen=True)
@@ -164,15 +163,16 @@ def _one_by_one(
 ) -> Tensor:
     """[H, N, D] to [N, H, D]."""
     outputs = []
-    for s in segments.each:
-        keys, values = key[:, s.start : s.stop], value[:, s.start : s.stop]
-        if s.prefix_stop > s.prefix_start:
-            keys = torch.cat([key[:, s.prefix_start : s.prefix_stop], keys], dim=1)
-            values = torch.cat([value[:, s.prefix_start : s.prefix_stop], values], dim=1)
-        mask = _band(s, window, query.device)
+    # Split, not sliced: the gradient of each slice would be as large as the line.
+    queries, all_keys, all_values = (states.split(segments.sizes, dim=1) for states in (query, key, value))
+    for s, own, keys, values in zip(segments.each, queries, all_keys, all_values, strict=True):
+        if s.prefix is not None:
+            keys = torch.cat([all_keys[s.prefix], keys], dim=1)
+            values = torch.cat([all_values[s.prefix], values], dim=1)
+        mask = _band(s.size, keys.shape[1], window, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
-                query[None, :, s.start : s.stop],
+                own[None],
                 keys[None],
                 values[None],
                 attn_mask=mask,
@@ -184,9 +184,8 @@ def _one_by_one(
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _band(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys each token attends to, bool [tokens, keys]; None where that is plain causality."""
-    num_queries, num_keys = segment.stop - segment.start, segment.num_keys
+def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys each of the last tokens attends to, bool [queries, keys]; None where that is plain causality."""
     if num_keys == num_queries and (window is None or window >= num_keys):
         return None
     behind = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None] - torch.arange(

@@ -205,3 +205,45 @@ def test_epochs_stop_on_every_rank_alike_when_the_policy_has_moved_too_far(folde
     config = make_config(folder, learner={"num_ranks": 2}, objective=limits)
     first, second = run_ranks(one_update, config)
     assert first["policy/epochs_done"] == second["policy/epochs_done"] == 2  # the first epoch starts from no change
+
+
+def one_step_config(folder, objective):
+    """A run with one optimizer step to a rollout batch, and no critic."""
+    config = make_config(folder, learner={"num_ranks": 2, "zero_stage": 3})
+    raw = config.model_dump(exclude_unset=True) | {"objective": objective}
+    return type(config).model_validate(raw)
+
+
+def update_twice_without_and_with_a_pass(learner, rank, folder):
+    """Two updates whose old log-probabilities are those of the update itself, and the same with a pass before it."""
+    kind, answers = type(learner._objective), []
+    learner.save(folder)
+    for with_pass in (False, True):
+        learner.load(folder)
+        if with_pass:
+            kind.learns_once = False  # in this process, which ends with the test
+        assert learner._objective.learns_once is not with_pass
+        answers.append(update_and_read(learner, rank, 2))
+    return answers
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "ppo", "advantage": "grpo", "num_epochs": 1, "kl": {"placement": "loss", "coef": 0.1}},
+        # Some groups are ties: nothing is learnt from their rows.
+        {"kind": "online_dpo", "pairs": {"kind": "best_worst", "tie_margin": 0.5}},
+    ],
+    ids=lambda objective: objective["kind"],
+)
+def test_one_step_to_a_batch_finds_the_old_log_probabilities_itself(folder, tmp_path, objective):
+    config = one_step_config(folder, objective)
+    for (found, weights), (expected, expected_weights) in run_ranks(
+        update_twice_without_and_with_a_pass, config, str(tmp_path)
+    ):
+        assert_same_weights(weights, expected_weights, 1e-7)
+        assert found.keys() == expected.keys()
+        assert abs(expected["policy/kl_to_ref"]) > 1e-3  # in the second update
+        for key in found.keys() - {"memory/learner_peak_gib"}:
+            if not key.endswith("_s"):
+                assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key

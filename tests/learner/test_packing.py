@@ -131,7 +131,7 @@ def test_packed_rows_have_the_numbers_and_gradients_of_rows_apart(
         (numbers[0] * torch.arange(6)[:, None]).sum().backward()
         numbers.extend(parameter.grad for parameter in policy.parameters())
     for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_segments_do_not_know_are_refused():

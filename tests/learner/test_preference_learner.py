@@ -15,6 +15,8 @@ from preference_plain import PlainLearner
 from preference_stand_ins import make_preference_config, policy_weights, put_reference, write_data, write_models
 from reward_stand_ins import on_ranks, write_rows
 
+from raylhf.models.tiny import write_tiny_model
+
 NUM_UPDATES = 2
 LATE = {"aux_dpo": 3}
 """The penalty on AuxDPO's offsets acts on their second step, which the third update of the policy sees."""
@@ -156,3 +158,45 @@ def test_an_empty_response_is_its_end(runs):
     metrics, _, _ = runs[2]["empty responses"]
     assert metrics["pref/chosen_length_mean"] == 1
     assert metrics["pref/rejected_length_mean"] == 2
+
+
+def epochs_with_and_without_memory(ranks, config):
+    """Weights after three passes over the data whose frozen numbers are remembered, and asked for each time."""
+    answers = []
+    for is_remembered in (True, False):
+        worker = ranks.start(config)
+        assert worker._keeps_columns
+        calls = [0]
+        compute = worker._models.reference_logprobs
+
+        def counting(*arguments, compute=compute, calls=calls):
+            calls[-1] += 1
+            return compute(*arguments)
+
+        worker._models.__dict__["reference_logprobs"] = counting
+        for step in range(6):
+            if not is_remembered:
+                worker._kept.clear()
+            worker.update(step)
+            calls.append(0)
+        answers.append((calls, policy_weights(worker)))
+    return answers
+
+
+@pytest.mark.parametrize("loss", ["dpo", "t_reg"])
+def test_what_a_fixed_reference_says_of_an_example_is_asked_once(loss, tmp_path):
+    folder = write_tiny_model(tmp_path / "tiny")
+    rows = [{"prompt": f"p{i}", "chosen": "abcdef"[: i + 1], "rejected": "x" * (5 - i)} for i in range(5)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    config = make_preference_config(
+        folder,
+        path,
+        num_steps=6,
+        objective={"loss": {"kind": loss}, "batch_size": 3},
+        learner={"num_ranks": 2, "zero_stage": 2},
+    )
+    for (few, weights), (many, expected) in on_ranks(epochs_with_and_without_memory, 2, config):
+        assert few[:2] == many[:2] and min(many[:6]) > 0
+        assert few[2:] == [0] * 5
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-7, msg=name)
