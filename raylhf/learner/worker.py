@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,18 @@ class LearnerWorker:
             device=self._device,
         )
         logprobs_s = time.perf_counter() - started
-        kl_coef = self._objective.kl_coef
-        metrics = self._objective.update(rows, scored, experience, step=self._step)
-        metrics |= experience_metrics(
-            experience, kl_coef=kl_coef, importance_cap=self._config.rollout.importance_cap, device=self._device
+        measure = partial(
+            experience_metrics,
+            experience,
+            kl_coef=self._objective.kl_coef,
+            importance_cap=self._config.rollout.importance_cap,
+            device=self._device,
         )
+        metrics = {} if self._objective.learns_once else measure()
+        self._require_finite(metrics)
+        metrics |= self._objective.update(rows, scored, experience, step=self._step)
+        if self._objective.learns_once:
+            metrics |= measure()
         self._require_finite(metrics)
         num_sequences = self._config.responses_per_step - int(metrics["data/dropped_responses_count"])
         self._objective.observe_kl(metrics["policy/kl_to_ref"], num_sequences=num_sequences)

@@ -199,4 +199,4 @@ def test_what_a_fixed_reference_says_of_an_example_is_asked_once(loss, tmp_path)
         assert few[:2] == many[:2] and min(many[:6]) > 0
         assert few[2:] == [0] * 5
         for name, weight in weights.items():
-            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-7, msg=name)
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6, msg=name)
