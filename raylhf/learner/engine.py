@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -150,11 +150,14 @@ def optimizer_step(
     multiplied by their number: what is minimised is the sum over all micro-batches and ranks.
     """
     optimizer: Any = engine.optimizer
+    # Alone, and without partitions, there is nobody to reduce with: DeepSpeed would still copy every gradient twice.
+    is_alone = dist.get_world_size() == 1 and engine.zero_optimization_stage() == 0
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         group["lr"] = lr
     for i, compute in enumerate(micro_losses):
         engine.set_gradient_accumulation_boundary(i == len(micro_losses) - 1)
-        engine.backward(compute() * dist.get_world_size())
+        with engine.no_sync() if is_alone else nullcontext():
+            engine.backward(compute() * dist.get_world_size())
     norm = _plain_gradient_norm(engine.module) if engine.zero_optimization_stage() == 0 else None
     engine.step()
     if norm is None:
