@@ -54,7 +54,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         parts = [
-            (_gather(log_probs, own), _entropy(log_probs))
+            (_gather(log_probs, own), -torch.linalg.vecdot(log_probs.exp(), log_probs))
             for log_probs, own in _chunks(hidden, weight, tokens, temperature, chunk_size)
         ]
         logprobs, entropies = zip(*parts, strict=True)
@@ -73,16 +73,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
             part = slice(start, start + len(own))
             start += len(own)
             scale = torch.zeros_like(own, dtype=torch.float32) if of_logprobs is None else of_logprobs[part]
+            scale = scale[:, None] / ctx.temperature
             if of_entropies is None:
-                grad = log_probs.exp_().mul_(-scale[:, None])
+                grad = log_probs.exp_().mul_(-scale)
             else:
                 probs = log_probs.exp()
-                entropies = _entropy(log_probs)[:, None]
+                entropies = -torch.linalg.vecdot(probs, log_probs)[:, None]
                 # -p (log p + H) by the entropy's slope, and -p by that of the log-probability.
-                grad = log_probs.clamp_(min=_LOGPROB_FLOOR).add_(entropies).mul_(of_entropies[part, None])
-                grad = grad.add_(scale[:, None]).mul_(probs).neg_()
-            grad.scatter_add_(1, own[:, None], scale[:, None])
-            grad = grad.div_(ctx.temperature).to(weight.dtype)
+                grad = log_probs.add_(entropies).mul_(of_entropies[part, None] / -ctx.temperature)
+                grad = grad.sub_(scale).mul_(probs)
+            grad = grad.scatter_add_(1, own[:, None], scale).to(weight.dtype)
             if hidden_grad is not None:
                 hidden_grad[part] = (grad @ weight).to(hidden.dtype)
             if weight_grad is not None:
@@ -95,7 +95,8 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities [chunk, V] and tokens [chunk], one chunk after the other."""
     for part, own in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
-        yield _log_softmax(linear(part.to(weight.dtype), weight), temperature), own
+        logits = linear(part.to(weight.dtype), weight).float()
+        yield torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), dim=-1), own
 
 
 def _differentiable_slopes(
