@@ -1,13 +1,15 @@
 """DeepSpeed: process group, engine settings, gathering. Only this file and `changed_shape` import deepspeed."""
 
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -165,13 +167,30 @@ def optimizer_step(
     return float("nan") if norm is None else float(norm)
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Count the peak from here on: what loading took is not what training takes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # not on Linux, or not allowed: the peak counts from the process's start then
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """The largest peak over ranks (collective): device memory on a GPU, resident memory now on a CPU."""
-    is_gpu = device.type == "cuda"
-    used = torch.cuda.max_memory_allocated() if is_gpu else psutil.Process().memory_info().rss
+    """The largest peak over ranks (collective) since `forget_peak_memory`: device memory, on a CPU resident memory."""
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_resident_bytes()
     peak = torch.tensor(used / 2**30, dtype=torch.float64, device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return peak.item()
+
+
+def _peak_resident_bytes() -> int:
+    """The high-water mark of this process's resident memory."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> Any:

@@ -14,7 +14,7 @@ from raylhf.config.preference import PreferenceConfig, loss_of
 from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.config.run import PreferenceRunConfig
 from raylhf.learner.checkpoint import files_seen, load_learner, save_learner
-from raylhf.learner.engine import Rendezvous, peak_memory_gib
+from raylhf.learner.engine import Rendezvous, forget_peak_memory, peak_memory_gib
 from raylhf.learner.microbatch import pad_rows
 from raylhf.learner.models import LearnerModels, build_models
 from raylhf.learner.preference_batch import PreferenceBatch
@@ -87,6 +87,7 @@ class PreferenceLearnerWorker:
             device=self._device,
             max_tokens=config.data.max_tokens,
         )
+        forget_peak_memory(self._device)
 
     def _read(self) -> str:
         """Read and encode all judgements; returns their digest."""

@@ -25,6 +25,7 @@ from raylhf.learner.engine import (
     Rendezvous,
     build_engine,
     engine_settings,
+    forget_peak_memory,
     gathered,
     partitioned_loading,
     peak_memory_gib,
@@ -112,6 +113,7 @@ class RewardLearnerWorker:
             num_steps=num_steps,
             device=self._device,
         )
+        forget_peak_memory(self._device)
 
     def _read(self) -> str:
         """Read and encode all judgements; returns their digest."""

@@ -16,7 +16,7 @@ from raylhf.config.preference import OnlineDPOConfig
 from raylhf.config.preference_losses import TGDPOLoss
 from raylhf.interfaces import WeightSender
 from raylhf.learner.checkpoint import files_seen, load_learner, save_learner
-from raylhf.learner.engine import Rendezvous, peak_memory_gib
+from raylhf.learner.engine import Rendezvous, forget_peak_memory, peak_memory_gib
 from raylhf.learner.experience import gather_experience
 from raylhf.learner.metrics import experience_metrics
 from raylhf.learner.microbatch import make_micro_batch, plan_micro_batches, sizes_of, without_empty
@@ -72,6 +72,7 @@ class LearnerWorker:
         else:
             self._objective = PPOObjective(objective, config, self._models, rank=self._rank, device=self._device)
         self._weights = PolicyWeights(self._models.policy.module.lm)
+        forget_peak_memory(self._device)
 
     def close(self) -> None:
         """Leave the groups."""

@@ -117,7 +117,9 @@ METRICS: dict[str, Metric] = {
     "learn/update_s": Metric("Forward and backward passes of the update, optimizer steps included", "s"),
     "learn/tokens_per_s": Metric("Prompt and response tokens of the batch by the learners' time for it", "tokens/s"),
     # memory
-    "memory/learner_peak_gib": Metric("Largest peak over learner ranks: GPU memory, on a CPU resident memory", "GiB"),
+    "memory/learner_peak_gib": Metric(
+        "Largest peak over learner ranks since the models were loaded: GPU memory, on a CPU resident memory", "GiB"
+    ),
     "memory/total_rss_gib": Metric(
         "Resident memory of the driver and all processes below it on its machine; shared pages count twice",
         "GiB",
