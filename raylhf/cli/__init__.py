@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "check":
             text = "also read a reward model's judgements, and print counts, lengths, duplicates and label balance"
             command.add_argument("--data", action="store_true", help=text)
+    add_plan_command(commands)
     add_doctor_command(commands)
     text = "print every setting with its type, default and meaning; with CONFIG also the file's value"
     command = commands.add_parser("config", help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -66,6 +67,20 @@ def build_parser() -> argparse.ArgumentParser:
     add_launch_command(commands)
     add_reward_commands(commands)
     return parser
+
+
+def add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that predicts memory and time."""
+    text = "predict memory by role and phase, and the time of a step, from the model's shape alone; starts nothing"
+    command = commands.add_parser("plan", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDES_HELP)
+    command.add_argument("--gpus", metavar="N", type=int, help="plan for a cluster of N GPUs")
+    command.add_argument("--gpu-memory", metavar="GIB", type=float, help="memory of one GPU")
+    text = "what the learner and the engines run on (default: h100, or cpu)"
+    command.add_argument("--device", choices=("h100", "h200", "a100", "cpu"), help=text)
+    text = "time one CPU thread for a quarter of a second instead of taking the table's word"
+    command.add_argument("--measure", action="store_true", help=text)
 
 
 def add_doctor_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -134,6 +149,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             from raylhf.cli.check import run_check
 
             return run_check(arguments.config, arguments.overrides, with_data=arguments.data)
+        if arguments.command == "plan":
+            return predict(arguments)
         if arguments.command == "doctor":
             from raylhf.cli.doctor import run_doctor
 
@@ -167,6 +184,19 @@ def run_command(arguments: argparse.Namespace) -> int:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return 2
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    from raylhf.cli.plan import run_plan
+
+    return run_plan(
+        arguments.config,
+        arguments.overrides,
+        gpus=arguments.gpus,
+        gpu_memory=arguments.gpu_memory,
+        device=arguments.device,
+        measure=arguments.measure,
+    )
 
 
 def serve_reward(arguments: argparse.Namespace) -> int:

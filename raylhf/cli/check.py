@@ -1,6 +1,6 @@
 """`raylhf check`: the resolved plan of a run, or what a reward service will serve."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,12 +8,11 @@ from rich.table import Table
 from rich.tree import Tree
 
 from raylhf.cli.reward_tree import grow
-from raylhf.cli.tables import new_table, roles_table, with_settings
+from raylhf.cli.tables import new_table, print_memory, roles_table, with_settings
 from raylhf.config.errors import ConfigError
 from raylhf.config.load import load_any_config
-from raylhf.config.memory import GIB
 from raylhf.config.objective import AdaptiveKLControl, CriticConfig, PPOConfig
-from raylhf.config.plan import Plan, resolve_plan
+from raylhf.config.plan import BatchPlan, Plan, plan_batch, resolve_plan
 from raylhf.config.preference import OnlineDPOConfig
 from raylhf.config.reward import RewardPlaneConfig
 from raylhf.config.run import OfflineRunConfig, RunConfig
@@ -87,20 +86,13 @@ def _check_service(console: Console, config: ServiceConfig) -> None:
 def _check_policy(console: Console, config: RunConfig) -> None:
     plan = resolve_plan(config)
     console.print(f"{config.name}: {config.num_steps} steps of {config.model.path}", style="bold", markup=False)
-    for part in (roles_table(plan.roles), _batch(plan), _reward(config.reward), _objective(config, plan)):
+    for part in (roles_table(plan.roles), _batch(plan_batch(config)), _reward(config.reward), _objective(config, plan)):
         console.print()
         console.print(part)
-    console.print()
-    if plan.memory:
-        console.print(_memory(config, plan))
-    else:
-        console.print("Memory: unknown (model is not local, and not one whose shape is known by name)")
-    for warning in plan.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+    print_memory(console, config, plan)
 
 
-def _batch(plan: Plan) -> Table:
-    batch = plan.batch
+def _batch(batch: BatchPlan) -> Table:
     table = new_table("Batch", "quantity", "number")
     rows = {
         "prompts per step": batch.prompts_per_step,
@@ -167,25 +159,3 @@ def _critic(critic: CriticConfig, plan: Plan) -> str:
         return "value head on the policy's trunk"
     size = "size unknown" if plan.critic_parameters is None else f"{plan.critic_parameters:,} parameters"
     return f"critic of its own from {critic.path or 'the policy'} ({size})"
-
-
-def _memory(config: RunConfig, plan: Plan) -> Table:
-    table = new_table("Memory of one worker in GiB (an estimate)", "role", "GPU", "host")
-    for estimate in plan.memory:
-        device = f"{estimate.device_bytes / GIB:.2f}" if estimate.device else ""
-        table.add_row(estimate.role, device, f"{estimate.host_bytes / GIB:.2f}")
-        for name in dict.fromkeys((*estimate.device, *estimate.host)):
-            table.add_row(f"  {name}", _gib(estimate.device, name), _gib(estimate.host, name))
-    cluster = config.cluster
-    gpu = f"{plan.gpu_peak_bytes / GIB:.1f} of {cluster.gpu_memory_gib:g}" if cluster.gpus_per_node else ""
-    table.add_row("fullest GPU, node", gpu, f"{plan.host_peak_bytes / GIB:.1f} of {cluster.host_memory_gib:g}")
-    table.caption = (
-        f"{plan.parameters:,} parameters, {plan.trained_parameters:,} trained; an engine's KV cache holds about "
-        f"{plan.kv_cache_tokens:,} tokens"
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def _gib(items: Mapping[str, float], name: str) -> str:
-    return f"{items[name] / GIB:.2f}" if name in items else ""

@@ -3,8 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from raylhf.cli.tables import new_table, roles_table, with_settings
+from raylhf.cli.tables import new_table, print_memory, roles_table, with_settings
 from raylhf.config.placement import roles_of
+from raylhf.config.plan import resolve_plan
 from raylhf.config.preference import PreferenceConfig, SFTConfig, loss_of
 from raylhf.config.reward_model import MultiValueHead, RewardModelConfig
 from raylhf.config.run import OfflineRunConfig, PreferenceRunConfig, RewardModelRunConfig
@@ -18,6 +19,7 @@ def check_offline(console: Console, config: OfflineRunConfig, *, with_data: bool
     console.print(roles_table(roles_of(config)))
     console.print()
     console.print(_objective(config))
+    print_memory(console, config, resolve_plan(config))
     if with_data:
         console.print()
         console.print(_data(config))

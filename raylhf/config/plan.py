@@ -2,22 +2,16 @@
 
 from dataclasses import dataclass
 
-from raylhf.config.architecture import Architecture, architecture_of
-from raylhf.config.memory import (
-    BYTES,
-    GIB,
-    RUNTIME,
-    MemoryEstimate,
-    estimate_learner,
-    estimate_rollout,
-    kv_bytes_per_token,
-    saved_bytes,
-)
-from raylhf.config.placement import Node, Role, place_config, roles_of
-from raylhf.config.run import AnyRunConfig, RunConfig
-
-TIGHT_SHARE = 0.9
-"""An estimate above this share of a memory is worth a warning: fragmentation is not in it."""
+from raylhf.config.architecture import architecture_of
+from raylhf.config.devices import DEVICES, NAME_OF_GPU, Device
+from raylhf.config.fitting import Assessment, Shortage, assess, critic_architecture, has_own_critic
+from raylhf.config.learner_memory import saved_bytes, trained_parameters
+from raylhf.config.memory import BYTES, MemoryEstimate
+from raylhf.config.placement import Role, roles_of
+from raylhf.config.remedies import find_remedy, show
+from raylhf.config.run import AnyRunConfig, RewardModelRunConfig, RunConfig
+from raylhf.config.step_time import Models, Part, step_parts
+from raylhf.config.workload import longest_row
 
 
 @dataclass(frozen=True)
@@ -45,13 +39,12 @@ class Plan:
     """A run, resolved."""
 
     roles: tuple[Role, ...]
-    batch: BatchPlan
-    weight_transfer: str
-    """Transport of weights."""
+    weight_transfer: str | None
+    """Transport of weights; None where nothing is sampled."""
     parameters: int | None
-    """Of the policy; None where the model is not known without a download."""
+    """Of the trained model; None where it is not known without a download."""
     trained_parameters: int | None
-    """Of the policy or of its adapters."""
+    """Of the trained model or of its adapters."""
     critic_parameters: int | None
     """Of a critic with its own trunk; 0 without one, None where not known."""
     memory: tuple[MemoryEstimate, ...]
@@ -62,34 +55,61 @@ class Plan:
     """On the fullest GPU."""
     host_peak_bytes: float
     """On the fullest node."""
+    parts: tuple[Part, ...]
+    """Of the time of a step; empty where the model is not known."""
+    shortages: tuple[Shortage, ...]
+    """What does not fit, or is tight."""
     warnings: tuple[str, ...]
-    """What may not fit, each with a remedy."""
+    """The same as sentences, each with a remedy that was tried."""
 
 
-def resolve_plan(config: RunConfig) -> Plan:
-    """The plan of settings that passed `check_config`."""
+def resolve_plan(config: AnyRunConfig, device: Device | None = None) -> Plan:
+    """The plan of settings that passed their checks; `device` is what the learner and the engines run on."""
+    found = assess(config)
     policy = architecture_of(config.model.path)
-    critic = _critic_architecture(config, policy)
-    has_own_critic = _has_own_critic(config)
-    is_known = policy is not None and (critic is not None or not has_own_critic)
-    memory = _memory(config, policy, critic) if is_known and policy is not None else ()
-    gpu_peak, host_peak, fullest = _peaks(config, memory)
-    kv_tokens = _kv_cache_tokens(config, policy, memory)
-    lora = config.learner.lora
-    parameters = policy.parameters if policy else None
+    critic = critic_architecture(config, policy)
+    parameters = None
+    if policy is not None:
+        is_reward_model = isinstance(config, RewardModelRunConfig)
+        parameters = policy.trunk_parameters + policy.hidden if is_reward_model else policy.parameters
     return Plan(
         roles=roles_of(config),
-        batch=plan_batch(config),
-        weight_transfer=config.weight_transfer,
+        weight_transfer=config.weight_transfer if isinstance(config, RunConfig) else None,
         parameters=parameters,
-        trained_parameters=policy.lora_parameters(lora.rank) if policy and lora else parameters,
-        critic_parameters=(critic.trunk_parameters + critic.hidden if critic else None) if has_own_critic else 0,
-        memory=memory,
-        kv_cache_tokens=kv_tokens,
-        gpu_peak_bytes=gpu_peak,
-        host_peak_bytes=host_peak,
-        warnings=tuple(_warnings(config, gpu_peak, host_peak, fullest, kv_tokens)),
+        trained_parameters=trained_parameters(config, policy, parameters) if policy and parameters else None,
+        critic_parameters=(critic.trunk_parameters + critic.hidden if critic else None)
+        if has_own_critic(config)
+        else 0,
+        memory=found.memory if found else (),
+        kv_cache_tokens=found.kv_cache_tokens if found else None,
+        gpu_peak_bytes=found.gpu_peak_bytes if found else 0.0,
+        host_peak_bytes=found.host_peak_bytes if found else 0.0,
+        parts=_parts(config, found, device or device_of(config)) if found else (),
+        shortages=found.shortages if found else (),
+        warnings=_warnings(config, found) if found else (),
     )
+
+
+def device_of(config: AnyRunConfig) -> Device:
+    """What the learner runs on, where nothing else is said."""
+    return DEVICES["cpu" if config.learner.num_gpus == 0 else NAME_OF_GPU]
+
+
+def _parts(config: AnyRunConfig, found: Assessment, device: Device) -> tuple[Part, ...]:
+    return step_parts(config, Models(found.policy, found.critic), device, found.placement, found.kv_cache_tokens)
+
+
+def _warnings(config: AnyRunConfig, found: Assessment) -> tuple[str, ...]:
+    if not found.shortages:
+        return ()
+    remedy = find_remedy(config)
+    cure = "room" if not any(shortage.is_fatal for shortage in found.shortages) else "it fits"
+    told = (
+        f"with {show(remedy)} {cure if cure == 'it fits' else 'there is room'}"
+        if remedy
+        else "no change of the settings that was tried makes it fit; take a smaller model, or more memory"
+    )
+    return tuple(f"{shortage.sentence}; {told}" for shortage in found.shortages)
 
 
 def checkpoint_bytes(config: AnyRunConfig) -> float | None:
@@ -98,8 +118,8 @@ def checkpoint_bytes(config: AnyRunConfig) -> float | None:
     if policy is None:
         return None
     total = saved_bytes(config, policy, policy.parameters)
-    if isinstance(config, RunConfig) and _has_own_critic(config):
-        critic = _critic_architecture(config, policy)
+    if has_own_critic(config):
+        critic = critic_architecture(config, policy)
         if critic is None:
             return None
         total += saved_bytes(config, critic, critic.trunk_parameters + critic.hidden)
@@ -126,116 +146,9 @@ def plan_batch(config: RunConfig) -> BatchPlan:
         responses_per_step=responses,
         responses_per_rank=per_rank,
         responses_per_minibatch=per_minibatch,
-        micro_batches_per_minibatch=-(-per_minibatch // max(1, learner.micro_batch_tokens // config.max_model_len)),
+        micro_batches_per_minibatch=-(-per_minibatch // max(1, learner.micro_batch_tokens // longest_row(config))),
         optimizer_steps_per_rollout=steps,
         total_optimizer_steps=steps * config.num_steps,
         sampled_tokens_per_step=responses * sampling.max_response_tokens,
         tokens_per_step=responses * (config.data.max_prompt_tokens + sampling.max_response_tokens),
     )
-
-
-def _has_own_critic(config: RunConfig) -> bool:
-    return config.critic is not None and config.critic.trunk == "own"
-
-
-def _critic_architecture(config: RunConfig, policy: Architecture | None) -> Architecture | None:
-    if config.critic is None or config.critic.trunk != "own":
-        return None
-    path = config.critic.path
-    return architecture_of(path) if path else policy
-
-
-def _memory(config: RunConfig, policy: Architecture, critic: Architecture | None) -> tuple[MemoryEstimate, ...]:
-    reward = MemoryEstimate("reward", host={"runtime": RUNTIME["reward"]})
-    return (estimate_rollout(config, policy), reward, estimate_learner(config, policy, critic))
-
-
-def _kv_cache_tokens(config: RunConfig, policy: Architecture | None, memory: tuple[MemoryEstimate, ...]) -> int | None:
-    if policy is None or not memory:
-        return None
-    rollout = memory[0]
-    cache = (rollout.device or rollout.host)["KV cache"]
-    return int(cache / kv_bytes_per_token(config, policy))
-
-
-def _peaks(config: RunConfig, memory: tuple[MemoryEstimate, ...]) -> tuple[float, float, Node | None]:
-    """Bytes on the fullest GPU, bytes on the fullest node, and that node."""
-    by_role = {estimate.role: estimate for estimate in memory}
-    nodes = place_config(config).nodes
-    if not by_role:
-        return 0.0, 0.0, None
-    store = config.cluster.object_store_gib * GIB
-    gpus = [
-        sum(by_role[worker.role].device_bytes for worker in node.workers if gpu in worker.gpus)
-        for node in nodes
-        for gpu in range(config.cluster.gpus_per_node)
-    ]
-    hosts = [store + sum(by_role[worker.role].host_bytes for worker in node.workers) for node in nodes]
-    fullest = max(range(len(nodes)), key=hosts.__getitem__)
-    return max(gpus, default=0.0), hosts[fullest], nodes[fullest]
-
-
-def _warnings(
-    config: RunConfig, gpu_peak: float, host_peak: float, fullest: Node | None, kv_tokens: int | None
-) -> list[str]:
-    if kv_tokens is None:
-        return []
-    warnings = []
-    gpu, host = config.cluster.gpu_memory_gib * GIB, config.cluster.host_memory_gib * GIB
-    if gpu_peak > TIGHT_SHARE * gpu:
-        warnings.append(
-            f"{_verdict(gpu_peak, gpu)}: about {gpu_peak / GIB:.1f} GiB on the fullest GPU of "
-            f"{config.cluster.gpu_memory_gib:g} GiB; try {', '.join(_gpu_remedies(config))}"
-        )
-    if host_peak > TIGHT_SHARE * host:
-        names = [worker.role for worker in fullest.workers] if fullest else []
-        holds = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-        warnings.append(
-            f"{_verdict(host_peak, host)}: about {host_peak / GIB:.1f} GiB in the memory of a node of "
-            f"{config.cluster.host_memory_gib:g} GiB ({holds}); try {', '.join(_host_remedies(config))}"
-        )
-    if kv_tokens < config.max_model_len:
-        key = "rollout.gpu_memory_utilization" if config.rollout.num_gpus else "rollout.kv_cache_gib"
-        warnings.append(
-            f"does not fit: the KV cache of an engine holds about {kv_tokens} tokens, less than one sequence of "
-            f"{config.max_model_len}; raise {key} or rollout.tensor_parallel_size"
-        )
-    return warnings
-
-
-def _verdict(wanted: float, capacity: float) -> str:
-    return "does not fit" if wanted > capacity else "is tight"
-
-
-def _gpu_remedies(config: RunConfig) -> list[str]:
-    learner = config.learner
-    options = {
-        "learner.zero_stage=3": learner.zero_stage < 3 and learner.num_ranks > 1,
-        "learner.gradient_checkpointing=true": not learner.gradient_checkpointing,
-        "learner.offload_optimizer=true": not learner.offload_optimizer,
-        "learner.lora.rank=16": learner.lora is None,
-        "objective.critic.trunk=shared": _has_own_critic(config),
-        "a smaller learner.micro_batch_tokens": learner.micro_batch_tokens > config.max_model_len,
-        "a smaller rollout.gpu_memory_utilization": config.weight_transfer == "ipc",
-        "a larger rollout.tensor_parallel_size": config.weight_transfer == "nccl",
-        "more learner.num_ranks": learner.zero_stage > 0,
-    }
-    return [remedy for remedy, helps in options.items() if helps]
-
-
-def _host_remedies(config: RunConfig) -> list[str]:
-    learner = config.learner
-    is_cpu = learner.num_gpus == 0
-    options = {
-        "learner.lora.rank=16": learner.lora is None,
-        "objective.critic.trunk=shared": _has_own_critic(config),
-        "learner.gradient_checkpointing=true": is_cpu and not learner.gradient_checkpointing,
-        "a smaller learner.micro_batch_tokens": is_cpu and learner.micro_batch_tokens > config.max_model_len,
-        "a smaller rollout.kv_cache_gib": config.rollout.num_gpus == 0,
-        "fewer workers on a node": config.cluster.num_nodes > 1,
-        "a smaller cluster.object_store_gib": config.cluster.object_store_gib > 1,
-        "learner.offload_params=false": learner.offload_params,
-        "learner.offload_optimizer=false": learner.offload_optimizer,
-        "a smaller model": True,
-    }
-    return [remedy for remedy, helps in options.items() if helps]
