@@ -143,7 +143,7 @@ def _learning(config: AnyRunConfig, models: Models, device: Device, placement: P
     learner, passes = config.learner, passes_of(config)
     lanes = learner.num_ranks * (1 if learner.num_gpus > 0 else learner.threads)
     rate = _flops(config, device) * lanes * device.learn_share
-    names = {"logprobs": "old and reference logprobs", "update": "update: passes"}
+    names = {"logprobs": "logprobs and values", "update": "update: passes"}
     for phase, name in names.items():
         flops = sum(_pass_flops(config, models, each) for each in passes if each.phase == phase)
         if flops:
