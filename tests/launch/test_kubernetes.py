@@ -113,7 +113,7 @@ def test_learners_are_a_gang_and_rollouts_grow_and_shrink() -> None:
     assert rollout["idleTimeoutSeconds"] == 120
     assert job["spec"]["rayClusterSpec"]["autoscalerOptions"]["version"] == "v2"
     limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in (learner, rollout)]
-    assert [(limit["nvidia.com/gpu"], limit["memory"]) for limit in limits] == [("4", "230Gi"), ("2", "115Gi")]
+    assert [(limit["nvidia.com/gpu"], limit["memory"]) for limit in limits] == [("6", "345Gi"), ("2", "115Gi")]
 
 
 def test_pods_hold_the_workers_of_the_config() -> None:
