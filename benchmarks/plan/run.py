@@ -118,7 +118,7 @@ def write_texts(folder: Path) -> dict[str, Path]:
     words = "time water place world house point hand part year week"
     prompts = [{"prompt": " ".join([*words.split()] * 5)} for _ in range(32)]
     long = " ".join([*words.split()] * 30)
-    pairs = [{"prompt": f"Question {i}", "chosen": long, "rejected": f"{long} {i}"} for i in range(16)]
+    pairs = [{"prompt": f"Question {i}", "chosen": f"{i} {long}", "rejected": f"No {i} {long}"} for i in range(16)]
     files = {}
     for name, rows in (("prompts", prompts), ("pairs", pairs)):
         files[name] = (folder / f"{name}.jsonl").resolve()

@@ -14,7 +14,14 @@ from raylhf.config.objective import PPOConfig
 from raylhf.config.preference import OnlineDPOConfig, PreferenceConfig
 from raylhf.config.reward_model import EnsembleHead, RewardModelConfig
 from raylhf.config.run import AnyRunConfig, CommonConfig, RewardModelRunConfig, RunConfig, guide_of
-from raylhf.config.workload import longest_row, positions_in_pass, rows_per_prompt, shares_prompts, tokens_in_pass
+from raylhf.config.workload import (
+    longest_row,
+    passes_per_minibatch,
+    positions_in_pass,
+    rows_per_prompt,
+    shares_prompts,
+    tokens_in_pass,
+)
 
 KEPT = "kept by the allocator"
 CRITIC = "critic "
@@ -105,7 +112,7 @@ def estimate_learner(config: AnyRunConfig, policy: Architecture, critic: Archite
         working = held | _gradients(config, model)
         what = (model.prefix or "policy ").strip()
         phases.append(_phase(config, f"{what} update", working | _pass(config, model, is_training=True)))
-        phases.append(_phase(config, f"{what} optimizer step", working | _stepping(config, model) | kept))
+        phases.append(_phase(config, f"{what} optimizer step", held | _stepping(config, model) | kept))
     if isinstance(config, RunConfig):
         phases.append(_phase(config, "weight sync", held | _sending(config, policy) | kept))
     return MemoryEstimate("learner", tuple(phases))
@@ -257,14 +264,15 @@ def _gathered_elements(model: Trained) -> float:
 
 
 def _stepping(config: CommonConfig, model: Trained) -> dict[str, float]:
-    """The optimizer step: a flat float32 copy of this rank's gradients (stages 1 to 3), and Adam's own copies."""
+    """The optimizer step: this rank's gradients and Adam's own copies. Stages 1 to 3 make a flat float32 copy of the
+    gradients, and stages 1 and 2 have given up the gradients themselves by then."""
     learner, shape = config.learner, model.shape
     if learner.offload_optimizer:
-        return {}  # DeepSpeed's Adam works in place
+        return _gradients(config, model)  # DeepSpeed's Adam works in place
     copies = ADAM_COPIES["gpu" if learner.num_gpus > 0 else "cpu"]
     if learner.zero_stage == 0:
         largest = min(model.trained, max(shape.embedding_parameters, shape.hidden * shape.intermediate))
-        return {"step copies": 4.0 * copies * largest}
+        return {**_gradients(config, model), "step copies": 4.0 * copies * largest}
     elements = model.trained / learner.num_ranks
     at_once = min(elements, float(SUBGROUP_ELEMENTS)) if learner.zero_stage == 3 else elements
     return {"step copies": (4 + 4 * copies) * at_once}
@@ -282,18 +290,20 @@ def _kept_always(config: CommonConfig, models: tuple[Trained, ...]) -> dict[str,
 
 
 def _kept_after_passes(config: AnyRunConfig, models: tuple[Trained, ...]) -> dict[str, float]:
-    """The same beside an optimizer step or a weight sync: what the passes have freed, which the next ones use again."""
-    always = _kept_always(config, models)
+    """The same beside an optimizer step or a weight sync: what the passes have freed, which the next ones use again.
+    Gradients are among it where they were added up over several passes, tensor by tensor."""
+    always, learner = _kept_always(config, models), config.learner
     if not always:
         return {}
-    passes = [(model, _pass(config, model, is_training=True)) for model in models]
-    kept = always[KEPT] + max(items.get("gathered weights", 0.0) for _, items in passes)
-    small = [
-        items["activations"]
-        for model, items in passes
-        if BYTES[config.model.dtype] * tokens_in_pass(config) * model.shape.intermediate < HEAP_BLOCK_BYTES
-    ]
-    return {KEPT: kept + max(small, default=0.0)}
+    sizes = [0.0]
+    for model in models:
+        items, size = _pass(config, model, is_training=True), 0.0
+        if BYTES[config.model.dtype] * tokens_in_pass(config) * model.shape.intermediate < HEAP_BLOCK_BYTES:
+            size += items["activations"]
+        if learner.zero_stage in (1, 2) and passes_per_minibatch(config) > 1:
+            size += _gradients(config, model)[model.prefix + "gradients"]
+        sizes.append(size + items.get("gathered weights", 0.0))
+    return {KEPT: always[KEPT] + max(sizes)}
 
 
 def _sending(config: RunConfig, policy: Architecture) -> dict[str, float]:

@@ -57,8 +57,18 @@ def shares_prompts(config: AnyRunConfig) -> bool:
 def tokens_in_pass(config: AnyRunConfig) -> int:
     """Most tokens, prompts and responses, in one forward and backward pass of one rank: a row is never cut, and there
     are no more than those of a minibatch."""
-    rows = -(-rows_per_step(config) // (config.learner.num_ranks * minibatches_of(config)))
-    return min(max(config.learner.micro_batch_tokens, longest_row(config)), rows * longest_row(config))
+    most = max(config.learner.micro_batch_tokens, longest_row(config))
+    return min(most, _rows_per_minibatch(config) * longest_row(config))
+
+
+def passes_per_minibatch(config: AnyRunConfig) -> int:
+    """Forward and backward passes of one rank for one optimizer step."""
+    return -(-_rows_per_minibatch(config) // max(1, tokens_in_pass(config) // longest_row(config)))
+
+
+def _rows_per_minibatch(config: AnyRunConfig) -> int:
+    """Of one rank."""
+    return -(-rows_per_step(config) // (config.learner.num_ranks * minibatches_of(config)))
 
 
 def positions_in_pass(config: AnyRunConfig) -> int:

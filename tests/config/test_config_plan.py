@@ -167,11 +167,11 @@ def test_roles_on_a_shared_gpu_add_up(build):
 
 
 def test_what_does_not_fit_is_told_with_a_remedy(build):
-    changes = GPU | LLAMA | {"learner.num_ranks": 4, "cluster.cpus_per_node": 8, "cluster.gpu_memory_gib": 70}
+    changes = GPU | LLAMA | {"learner.num_ranks": 4, "cluster.cpus_per_node": 8, "cluster.gpu_memory_gib": 60}
     changes |= {"cluster.host_memory_gib": 512}
     (warning,) = resolve_plan(build(changes)).warnings
     assert warning.startswith("does not fit: about ")
-    assert "GiB on the fullest GPU of 70 GiB; with " in warning
+    assert "GiB on the fullest GPU of 60 GiB; with " in warning
     assert "learner.zero_stage=3" in warning
 
 
