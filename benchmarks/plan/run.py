@@ -114,9 +114,9 @@ def stored(name: str, output: Path) -> dict[str, Any] | None:
 
 
 def write_texts(folder: Path) -> dict[str, Path]:
-    """Prompts of about 90 tokens with the chat template's, and pairs longer than any limit here."""
+    """Prompts of 100 tokens with the chat template's, and pairs longer than any limit here."""
     words = "time water place world house point hand part year week"
-    prompts = [{"prompt": " ".join([*words.split()] * 5)} for _ in range(32)]
+    prompts = [{"prompt": " ".join([*words.split()] * 7)} for _ in range(32)]
     long = " ".join([*words.split()] * 30)
     pairs = [{"prompt": f"Question {i}", "chosen": f"{i} {long}", "rejected": f"No {i} {long}"} for i in range(16)]
     files = {}
