@@ -301,7 +301,8 @@ def _kept_after_passes(config: AnyRunConfig, models: tuple[Trained, ...]) -> dic
         if BYTES[config.model.dtype] * tokens_in_pass(config) * model.shape.intermediate < HEAP_BLOCK_BYTES:
             size += items["activations"]
         if learner.zero_stage in (1, 2) and passes_per_minibatch(config) > 1:
-            large = 0 if learner.lora else model.shape.embedding_parameters  # a block that is given back
+            is_whole = model.trained == model.parameters
+            large = model.shape.embedding_parameters if is_whole else 0  # a block that is given back
             size += _gradients(config, model)[model.prefix + "gradients"] * (1 - large / model.trained)
         sizes.append(size + items.get("gathered weights", 0.0))
     return {KEPT: always[KEPT] + max(sizes)}
