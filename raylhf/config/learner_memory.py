@@ -34,8 +34,6 @@ LOGIT_COPIES = {"forward": 4.0, "backward": 3.0, "backward with entropy": 5.0}
 """float32 tensors as large as a chunk's logits that are alive at once in a pass (raylhf/algos/logprobs.py)."""
 SUBGROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's sub_group_size: stage 3 steps so many elements at a time."""
-ADAM_COPIES = {"gpu": 1.0, "cpu": 2.0}
-"""float32 tensors as large as what Adam works on at once: the root of the second moment and, on a CPU, its quotient."""
 HEAP_HOLES = 0.3 * GIB
 """What glibc's heap loses between the tensors of a pass: 0.2 to 0.5 GiB were measured (docs/planning.md)."""
 HEAP_BLOCK_BYTES = 32 * 2**20
@@ -264,18 +262,13 @@ def _gathered_elements(model: Trained) -> float:
 
 
 def _stepping(config: CommonConfig, model: Trained) -> dict[str, float]:
-    """The optimizer step: this rank's gradients and Adam's own copies. Stages 1 to 3 make a flat float32 copy of the
-    gradients, and stages 1 and 2 have given up the gradients themselves by then."""
-    learner, shape = config.learner, model.shape
-    if learner.offload_optimizer:
-        return _gradients(config, model)  # DeepSpeed's Adam works in place
-    copies = ADAM_COPIES["gpu" if learner.num_gpus > 0 else "cpu"]
-    if learner.zero_stage == 0:
-        largest = min(model.trained, max(shape.embedding_parameters, shape.hidden * shape.intermediate))
-        return {**_gradients(config, model), "step copies": 4.0 * copies * largest}
+    """The optimizer step. Adam works in place; stages 1 to 3 make a flat float32 copy of this rank's gradients for it,
+    and stages 1 and 2 have given up the gradients themselves by then."""
+    learner = config.learner
+    if learner.offload_optimizer or learner.zero_stage == 0:
+        return _gradients(config, model)
     elements = model.trained / learner.num_ranks
-    at_once = min(elements, float(SUBGROUP_ELEMENTS)) if learner.zero_stage == 3 else elements
-    return {"step copies": (4 + 4 * copies) * at_once}
+    return {"flat gradients": 4.0 * (min(elements, SUBGROUP_ELEMENTS) if learner.zero_stage == 3 else elements)}
 
 
 def _kept_always(config: CommonConfig, models: tuple[Trained, ...]) -> dict[str, float]:
