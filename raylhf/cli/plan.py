@@ -1,6 +1,7 @@
 """`raylhf plan`: memory by role, phase and item, the parts of a step's time, and what would make a run fit."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,8 @@ from raylhf.config.workload import longest_row, tokens_in_pass
 WIDTH = 100
 GPUS_PER_NODE = 8
 """Of a node of a larger cluster, where the settings do not say."""
+MOST_TRIED = 20
+"""Numbers of workers that are tried where those asked for find no room."""
 
 
 def run_plan(
@@ -35,7 +38,7 @@ def run_plan(
     Raises:
         ConfigError: the settings are wrong, the model's shape is not known, or the run does not fit.
     """
-    config = load_any_config(path, [*overrides, *_cluster(path, overrides, gpus, gpu_memory)])
+    config = _load(path, [*overrides, *_cluster(path, overrides, gpus, gpu_memory)])
     found = DEVICES[device] if device else device_of(config)
     if measure and config.learner.num_gpus == 0:
         found = measure_cpu()
@@ -51,6 +54,44 @@ def run_plan(
     if not plan.warnings:
         console.print("\nit fits", style="green")
     return 0
+
+
+def _load(path: str, overrides: Sequence[str]) -> AnyRunConfig:
+    """The settings; where the roles find no room, the error names numbers of workers that do (tried)."""
+    try:
+        return load_any_config(path, overrides)
+    except ConfigError as error:
+        if not any("the roles ask for" in problem for problem in error.problems):
+            raise
+        for ranks, replicas in _fewer_workers(path, overrides):
+            fewer = [f"learner.num_ranks={ranks}", *([f"rollout.replicas={replicas}"] if replicas else [])]
+            if _is_sound(path, [*overrides, *fewer]):
+                raise ConfigError([*error.problems, f"{path}: with {' '.join(fewer)} there is room"]) from None
+        raise
+
+
+def _is_sound(path: str, overrides: Sequence[str]) -> bool:
+    with suppress(ConfigError):
+        load_any_config(path, overrides)
+        return True
+    return False
+
+
+def _fewer_workers(path: str, overrides: Sequence[str]) -> list[tuple[int, int]]:
+    """Numbers of learner ranks and of engines (0: the run has none) that the GPUs suffice for, the most first."""
+    source = read_source(path, overrides)
+
+    def number(*key: str, default: float) -> float:
+        value = source.value(key)
+        return value if isinstance(value, int | float) else default
+
+    ranks, has_rollout = int(number("learner", "num_ranks", default=1)), source.value(("rollout",)) is not None
+    replicas = int(number("rollout", "replicas", default=1)) if has_rollout else 0
+    each = number("learner", "num_gpus", default=0), number("rollout", "num_gpus", default=0)
+    there_are = number("cluster", "gpus_per_node", default=0) * number("cluster", "num_nodes", default=1)
+    pairs = [(n, m) for n in range(1, ranks + 1) for m in range(min(1, replicas), replicas + 1)]
+    enough = [(n, m) for n, m in pairs if n * each[0] + m * each[1] <= there_are]
+    return sorted(enough, key=lambda pair: (-sum(pair), pair))[:MOST_TRIED]
 
 
 def _cluster(path: str, overrides: Sequence[str], gpus: int | None, gpu_memory: float | None) -> Iterator[str]:

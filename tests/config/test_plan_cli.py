@@ -62,7 +62,9 @@ def test_a_cluster_of_another_size(capsys):
     assert main(["plan", SMALL, "--gpus", "12"]) == 2
     assert "not a multiple of the 8 GPUs of a node" in capsys.readouterr().err
     assert main(["plan", SMALL, "--gpus", "4"]) == 2
-    assert "4 are missing; add nodes, or lower replicas and shares" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "4 are missing; add nodes, or lower replicas and shares" in told
+    assert told.endswith("with learner.num_ranks=2 rollout.replicas=1 there is room\n")
 
 
 def test_a_folder_with_nothing_but_its_config_is_enough(tmp_path, capsys):
