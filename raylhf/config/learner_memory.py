@@ -36,6 +36,8 @@ SUBGROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's sub_group_size: stage 3 steps so many elements at a time."""
 HEAP_HOLES = 0.3 * GIB
 """What glibc's heap loses between the tensors of a pass: 0.2 to 0.5 GiB were measured (docs/planning.md)."""
+LORA_HOLES = 0.6
+"""What it loses more with LoRA, by bytes of activations: such layers make three tensors for each that autograd keeps."""
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc takes smaller blocks from its heap, which does not shrink while anything above lives."""
 SEND_BUCKET = {"gloo": 64.0 * 2**20, "nccl": 3.0 * GIB}
@@ -109,7 +111,8 @@ def estimate_learner(config: AnyRunConfig, policy: Architecture, critic: Archite
     for model in models:
         working = held | _gradients(config, model)
         what = (model.prefix or "policy ").strip()
-        phases.append(_phase(config, f"{what} update", working | _pass(config, model, is_training=True)))
+        training = _pass(config, model, is_training=True)
+        phases.append(_phase(config, f"{what} update", working | training | _kept_in_pass(config, models, training)))
         phases.append(_phase(config, f"{what} optimizer step", held | _stepping(config, model) | kept))
     if isinstance(config, RunConfig):
         phases.append(_phase(config, "weight sync", held | _sending(config, policy) | kept))
@@ -282,6 +285,14 @@ def _kept_always(config: CommonConfig, models: tuple[Trained, ...]) -> dict[str,
     return {KEPT: kept}
 
 
+def _kept_in_pass(config: CommonConfig, models: tuple[Trained, ...], training: Mapping[str, float]) -> dict[str, float]:
+    """The same in a forward and backward pass."""
+    always = _kept_always(config, models)
+    if not always or config.learner.lora is None:
+        return always
+    return {KEPT: always[KEPT] + LORA_HOLES * training["activations"]}
+
+
 def _kept_after_passes(config: AnyRunConfig, models: tuple[Trained, ...]) -> dict[str, float]:
     """The same beside an optimizer step or a weight sync: what the passes have freed, which the next ones use again.
     Gradients are among it where they were added up over several passes, tensor by tensor."""
@@ -290,7 +301,8 @@ def _kept_after_passes(config: AnyRunConfig, models: tuple[Trained, ...]) -> dic
         return {}
     sizes = [0.0]
     for model in models:
-        items, size = _pass(config, model, is_training=True), 0.0
+        items = _pass(config, model, is_training=True)
+        size = _kept_in_pass(config, models, items)[KEPT] - always[KEPT]
         if BYTES[config.model.dtype] * tokens_in_pass(config) * model.shape.intermediate < HEAP_BLOCK_BYTES:
             size += items["activations"]
         if learner.zero_stage in (1, 2) and passes_per_minibatch(config) > 1:
