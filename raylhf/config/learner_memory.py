@@ -37,7 +37,7 @@ SUBGROUP_ELEMENTS = 1_000_000_000
 HEAP_HOLES = 0.3 * GIB
 """What glibc's heap loses between the tensors of a pass: 0.2 to 0.5 GiB were measured (docs/planning.md)."""
 LORA_HOLES = 0.6
-"""What it loses more with LoRA, by bytes of activations: such layers make three tensors for each that autograd keeps."""
+"""What it loses more with LoRA, by bytes of activations: its layers make three tensors for each that is kept."""
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc takes smaller blocks from its heap, which does not shrink while anything above lives."""
 SEND_BUCKET = {"gloo": 64.0 * 2**20, "nccl": 3.0 * GIB}
