@@ -176,8 +176,11 @@ def _bucket_elements(config: CommonConfig, model: Trained) -> float:
 
 
 def _reduction_copies(config: CommonConfig) -> int:
-    """DeepSpeed reduces a flat copy of the bucket; gloo scatters by way of one more."""
+    """DeepSpeed reduces a flat copy of the bucket; gloo scatters by way of one more. A rank alone without partitions
+    reduces nothing."""
     learner = config.learner
+    if learner.zero_stage == 0 and learner.num_ranks == 1:
+        return 0
     return 2 if learner.zero_stage == 3 and learner.num_gpus == 0 and learner.num_ranks > 1 else 1
 
 
