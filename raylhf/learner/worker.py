@@ -24,7 +24,7 @@ from raylhf.learner.models import LearnerModels, build_models
 from raylhf.learner.online_dpo import OnlineDPOObjective
 from raylhf.learner.ppo import PPOObjective
 from raylhf.learner.totals import Totals, most_of_ranks
-from raylhf.learner.weight_source import PolicyWeights
+from raylhf.learner.weight_source import AdapterWeights, PolicyWeights, published_weights
 from raylhf.models.load import load_tokenizer
 
 SenderFactory = Callable[..., WeightSender]
@@ -45,6 +45,7 @@ class LearnerWorker:
         self._models: LearnerModels
         self._objective: PPOObjective | OnlineDPOObjective
         self._weights: PolicyWeights
+        self._published: PolicyWeights | AdapterWeights
         self._sender: WeightSender
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -71,7 +72,10 @@ class LearnerWorker:
             self._objective = OnlineDPOObjective(objective, config, self._models, rank=self._rank, device=self._device)
         else:
             self._objective = PPOObjective(objective, config, self._models, rank=self._rank, device=self._device)
-        self._weights = PolicyWeights(self._models.policy.module.lm)
+        lm = self._models.policy.module.lm
+        self._weights = self._published = PolicyWeights(lm)
+        if config.weight_transfer == "gloo":  # vLLM's own transports cannot merge
+            self._published = published_weights(self._weights, lm, folder=self._folder)
         forget_peak_memory(self._device)
 
     def close(self) -> None:
@@ -163,7 +167,7 @@ class LearnerWorker:
         """Make the sending end, anew if there was one; rank 0's return value is what rollout workers need to join."""
         if hasattr(self, "_sender"):
             self._sender.close()
-        self._sender = open_sender(source=self._weights, rank=self._rank)
+        self._sender = open_sender(source=self._published, rank=self._rank)
         return self._sender.prepare()
 
     def connect_sender(self) -> None:
@@ -175,9 +179,9 @@ class LearnerWorker:
         return self._sender.update_info()
 
     def publish(self) -> int:
-        """Send the policy's weights; returns their bytes."""
+        """Send what rollout workers lack of the policy's weights; returns its bytes."""
         self._sender.send()
-        return self._weights.num_bytes
+        return self._published.num_bytes
 
     def release_weights(self) -> None:
         """Free what the transfer kept, when every rollout worker has the weights."""

@@ -11,6 +11,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raylhf.models.low_rank import with_update
+
 ADAPTER = "raylhf"
 
 
@@ -86,9 +88,9 @@ def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
 
 
 def merged_weight(layer: Any, base: Tensor) -> Tensor:
-    """`base` plus the update of `layer` (a LoraLayer), added in float32: bfloat16 would round small updates away."""
-    update = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
-    return (base.float() + layer.scaling[ADAPTER] * update).to(base.dtype)
+    """`base` plus the update of `layer` (a LoraLayer)."""
+    low_a, low_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return with_update(base, low_a, low_b, scaling=layer.scaling[ADAPTER])
 
 
 def merged_state(module: nn.Module, state: Mapping[str, Tensor], *, adapter: str) -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ def merged_state(module: nn.Module, state: Mapping[str, Tensor], *, adapter: str
             continue
         if is_base and kind == "weight":
             layer: Any = module.get_submodule(layer_name)
-            low_a, low_b = (state[f"{layer_name}.lora_{side}.{adapter}.weight"].float() for side in "AB")
-            tensor = (tensor.float() + layer.scaling[adapter] * (low_b @ low_a)).to(tensor.dtype)
+            low_a, low_b = (state[f"{layer_name}.lora_{side}.{adapter}.weight"] for side in "AB")
+            tensor = with_update(tensor, low_a, low_b, scaling=layer.scaling[adapter])
         merged[name.replace(".base_layer.", ".")] = tensor
     return merged

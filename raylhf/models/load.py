@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -94,6 +95,16 @@ def require_safetensors(folder: str) -> None:
     """Raises: ValueError: a folder on this machine has weights in other files alone (names: see `load_weights`)."""
     if os.path.isdir(folder) and not any(Path(folder).glob("*.safetensors")):
         raise ValueError(_only_pickled(folder, "weights are no safetensors"))
+
+
+def weight_names(folder: str) -> set[str]:
+    """Names of the weights in the safetensors of a model (a folder, or a Hugging Face name that was loaded before)."""
+    files = Path(cached_file(folder, "config.json")).parent.glob("*.safetensors")
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            names.update(weights.keys())
+    return names
 
 
 def _only_pickled(folder: str, finding: str) -> str:

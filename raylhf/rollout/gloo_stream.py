@@ -3,6 +3,9 @@
 The parameters form one byte stream in the order of their metadata, cut into buckets of equal size, so that a parameter
 larger than a bucket spans several. A bucket travels as one broadcast from rank 0: its bytes, then a trailer with their
 CRC-32, the bucket's index and the round of the transfer. The receiver compares all three before it hands anything on.
+
+Both ends have two buffers: while a bucket is on the wire, the sender fills the next one (gathers, merges, copies) and
+the receiver hands the one before on.
 """
 
 import socket
@@ -18,6 +21,15 @@ from torch import Tensor
 
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 _TRAILER_BYTES = 3 * 8
+_NUM_BUFFERS = 2
+
+
+class Transfer(Protocol):
+    """A broadcast under way. It keeps its buffer alive."""
+
+    def wait(self) -> object:
+        """Until it has ended; raises RuntimeError when a peer is gone or the deadline passes."""
+        ...
 
 
 class Metadata(Protocol):
@@ -68,11 +80,11 @@ class TransferGroup:
         options._devices = [backend.create_device(hostname=host)]
         self._gloo: Any = backend(dist.PrefixStore("gloo/", store), rank, world_size, options)
 
-    def broadcast(self, buffer: Tensor) -> None:
-        """Rank 0's buffer to all; raises RuntimeError when a peer is gone or the deadline passes."""
+    def start(self, buffer: Tensor) -> Transfer:
+        """Begin to bring rank 0's buffer to all, on a thread of gloo; leave the buffer alone until `wait` returns."""
         if self._gloo is None:
             raise RuntimeError("this weight-transfer group is closed")
-        self._gloo.broadcast([buffer], dist.BroadcastOptions()).wait()
+        return self._gloo.broadcast([buffer], dist.BroadcastOptions())
 
     def close(self) -> None:
         self._gloo = None
@@ -131,27 +143,24 @@ def send_parameters(
     round_: int,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> None:
-    """Send every parameter. Each is copied into the bucket before the next one is asked for.
+    """Send every parameter. Each is copied into a bucket before the next one is asked for, on the calling thread.
+
+    Whatever happens, nothing is on the wire when it returns.
 
     Raises:
         ValueError: `parameters` differ from `metadata`.
+        RuntimeError: a peer is gone, or the deadline passed.
     """
-    buckets = plan_buckets(metadata, bucket_bytes)
-    by_parameter: dict[int, list[tuple[int, Segment]]] = {}
-    for number, bucket in enumerate(buckets):
-        for segment in bucket:
-            by_parameter.setdefault(segment.index, []).append((number, segment))
-    buffer = _bucket_buffer(buckets)
-    filled = 0
-    for index, tensor in enumerate(_checked(parameters, metadata)):
-        source = _as_bytes(tensor.detach().contiguous())
-        for number, segment in by_parameter.get(index, []):
-            size = segment.stop - segment.start
-            buffer[filled : filled + size].copy_(source[segment.start : segment.stop])
-            filled += size
-            if segment is buckets[number][-1]:
-                _broadcast_bucket(group, buffer, filled, number, round_)
-                filled = 0
+    under_way: Transfer | None = None
+    try:
+        for bucket in _filled_buckets(parameters, metadata, round_, bucket_bytes):
+            if under_way is not None:
+                sent, under_way = under_way, None
+                sent.wait()
+            under_way = group.start(bucket)
+    finally:
+        if under_way is not None:
+            under_way.wait()
 
 
 def receive_parameters(
@@ -165,12 +174,10 @@ def receive_parameters(
         CorruptWeightsError: a checksum, the order or the round is wrong.
     """
     buckets = plan_buckets(metadata, bucket_bytes)
-    buffer = _bucket_buffer(buckets)
     problem = ""
     next_index, current = 0, torch.empty(0)
-    for number, bucket in enumerate(buckets):
-        size = sum(segment.stop - segment.start for segment in bucket)
-        group.broadcast(buffer[: size + _TRAILER_BYTES])
+    for number, (bucket, buffer) in enumerate(zip(buckets, _arrivals(group, buckets), strict=True)):
+        size = _size(bucket)
         problem = problem or _difference(buffer, size, number, round_, [metadata[s.index].name for s in bucket])
         if problem:
             continue
@@ -190,10 +197,43 @@ def receive_parameters(
     yield from _empty_parameters(metadata[next_index:])
 
 
-def _broadcast_bucket(group: TransferGroup, buffer: Tensor, size: int, number: int, round_: int) -> None:
-    trailer = torch.tensor([_crc32(buffer[:size]), number, round_], dtype=torch.int64)
-    buffer[size : size + _TRAILER_BYTES].copy_(_as_bytes(trailer))
-    group.broadcast(buffer[: size + _TRAILER_BYTES])
+def _filled_buckets(
+    parameters: Iterable[tuple[str, Tensor]], metadata: Sequence[Metadata], round_: int, bucket_bytes: int
+) -> Iterator[Tensor]:
+    """Every bucket with its trailer, as bytes. A bucket is valid until the next but one is asked for."""
+    buckets = plan_buckets(metadata, bucket_bytes)
+    by_parameter: dict[int, list[tuple[int, Segment]]] = {}
+    for number, bucket in enumerate(buckets):
+        for segment in bucket:
+            by_parameter.setdefault(segment.index, []).append((number, segment))
+    buffers = _buffers(buckets)
+    filled = 0
+    for index, tensor in enumerate(_checked(parameters, metadata)):
+        source = _as_bytes(tensor.detach().contiguous())
+        for number, segment in by_parameter.get(index, []):
+            buffer = buffers[number % _NUM_BUFFERS]
+            size = segment.stop - segment.start
+            buffer[filled : filled + size].copy_(source[segment.start : segment.stop])
+            filled += size
+            if segment is buckets[number][-1]:
+                trailer = torch.tensor([_crc32(buffer[:filled]), number, round_], dtype=torch.int64)
+                buffer[filled : filled + _TRAILER_BYTES].copy_(_as_bytes(trailer))
+                yield buffer[: filled + _TRAILER_BYTES]
+                filled = 0
+
+
+def _arrivals(group: TransferGroup, buckets: Sequence[Sequence[Segment]]) -> Iterator[Tensor]:
+    """Every bucket with its trailer, as bytes, while the next one is on its way; valid until that is asked for."""
+    buffers = _buffers(buckets)
+    under_way: Transfer | None = None
+    for number, bucket in enumerate(buckets):
+        if under_way is None:
+            under_way = group.start(buffers[0][: _size(bucket) + _TRAILER_BYTES])
+        under_way.wait()
+        if number + 1 < len(buckets):
+            following = buffers[(number + 1) % _NUM_BUFFERS]
+            under_way = group.start(following[: _size(buckets[number + 1]) + _TRAILER_BYTES])
+        yield buffers[number % _NUM_BUFFERS]
 
 
 def _difference(buffer: Tensor, size: int, number: int, round_: int, names: Sequence[str]) -> str:
@@ -224,9 +264,14 @@ def _empty_parameters(metadata: Sequence[Metadata]) -> Iterator[tuple[str, Tenso
         yield info.name, torch.empty(info.shape, dtype=info.dtype)
 
 
-def _bucket_buffer(buckets: Sequence[Sequence[Segment]]) -> Tensor:
-    largest = max((sum(s.stop - s.start for s in bucket) for bucket in buckets), default=0)
-    return torch.empty(largest + _TRAILER_BYTES, dtype=torch.uint8)
+def _buffers(buckets: Sequence[Sequence[Segment]]) -> list[Tensor]:
+    size = max(map(_size, buckets), default=0) + _TRAILER_BYTES
+    return [torch.empty(size, dtype=torch.uint8) for _ in range(min(len(buckets), _NUM_BUFFERS))]
+
+
+def _size(bucket: Sequence[Segment]) -> int:
+    """Bytes of a bucket, without its trailer."""
+    return sum(segment.stop - segment.start for segment in bucket)
 
 
 def _num_bytes(info: Metadata) -> int:

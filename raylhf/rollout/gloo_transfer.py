@@ -16,6 +16,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from raylhf.rollout.adapter_stream import is_adapter_stream, with_adapters
 from raylhf.rollout.gloo_stream import CorruptWeightsError, ParameterInfo, TransferGroup, open_group, receive_parameters
 from raylhf.rollout.orphans import guard_against_orphanhood
 
@@ -58,7 +59,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives whole sets of weights under their checkpoint names."""
+    """Receives whole sets of weights under their checkpoint names, or adapters to the model folder's weights."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -95,11 +96,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive all weights and load them. After an error the model is partly updated; a later update may follow.
+        """Receive the weights and load them. After an error the model is partly updated; a later update may follow.
 
         Raises:
             CorruptWeightsError: what arrived is not what was sent.
-            ValueError: the sender did not send all that the model has.
+            ValueError: the sender did not send all that the model has, or adapters to something else.
         """
         if self._group is None:
             raise RuntimeError("update_weights was called before join_transfer")
@@ -107,7 +108,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         metadata = [ParameterInfo(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in fields]
         stream = receive_parameters(self._group, metadata, round_=update_info.round, bucket_bytes=self._bucket_bytes)
         try:
-            self._load(stream)
+            if is_adapter_stream(update_info.names):
+                self._load(with_adapters(self._folder_weights(), dict(stream), dtype=self.model_config.dtype))
+            else:
+                self._load(stream)
         except BaseException as error:
             if not isinstance(error, (CorruptWeightsError, ValueError)):
                 self.shutdown()  # the connection failed: whoever waits for this end is told at once
@@ -131,6 +135,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         # vLLM would silently keep the old values of what did not come.
         if loaded is not None and (missing := sorted(expected - loaded)):
             raise ValueError(f"the weight update has nothing for {missing}; the learner must send the whole model")
+
+    def _folder_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What the engine loaded when it started, read again."""
+        from vllm.model_executor.model_loader import get_model_loader
+
+        loader: Any = get_model_loader(self.vllm_config.load_config)
+        return loader.get_all_weights(self.model_config, self.model)
 
     def _is_tied(self) -> bool:
         return bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))

@@ -153,14 +153,14 @@ def test_a_corrupted_bucket_is_noticed_and_its_parameters_are_named(pair, monkey
     sender, receiver = pair
     calls = []
 
-    def corrupting(buffer: torch.Tensor) -> None:
+    def corrupting(buffer: torch.Tensor):
         calls.append(1)
         if len(calls) == 2:
             buffer = buffer.clone()
             buffer[3] ^= 1
-        TransferGroup.broadcast(sender, buffer)
+        return TransferGroup.start(sender, buffer)
 
-    monkeypatch.setattr(sender, "broadcast", corrupting)
+    monkeypatch.setattr(sender, "start", corrupting)
     source = ListSource(
         {"good": torch.ones(64), "bad": torch.ones(32), "worse": torch.ones(8), "after": torch.ones(90)}
     )

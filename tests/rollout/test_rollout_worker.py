@@ -227,12 +227,12 @@ def test_an_update_in_the_middle_of_a_response_lets_it_finish_under_the_new_weig
 def test_after_a_corrupted_update_nothing_is_sampled_until_a_good_one(harness, monkeypatch):
     before = harness.generate(LONG, 2, seed=3)
 
-    def corrupting(group: TransferGroup, buffer: torch.Tensor) -> None:
+    def corrupting(group: TransferGroup, buffer: torch.Tensor):
         buffer[5] ^= 1
-        broadcast(group, buffer)
+        return start(group, buffer)
 
-    broadcast = TransferGroup.broadcast
-    monkeypatch.setattr(TransferGroup, "broadcast", corrupting)
+    start = TransferGroup.start
+    monkeypatch.setattr(TransferGroup, "start", corrupting)
     with pytest.raises(Exception, match="arrived corrupted"):
         harness.publish(harness.models[1])
     monkeypatch.undo()
