@@ -43,7 +43,7 @@ class RolloutEngine(Protocol):
 
 
 class WeightSource(Protocol):
-    """The policy's full parameters under their checkpoint names, gathered piece by piece.
+    """The policy's full parameters under their checkpoint names, or its adapters alone, gathered piece by piece.
 
     Has the shape of `vllm.distributed.weight_transfer.WeightSource`. Iterating is a collective: every rank iterates.
     """
@@ -97,7 +97,7 @@ class Learner(Protocol):
         ...
 
     def publish(self) -> int:
-        """Send the policy's weights to the rollout workers (collective); returns their bytes."""
+        """Send the rollout workers what they lack of the policy's weights (collective); returns its bytes."""
         ...
 
     def save(self, folder: str) -> None: ...

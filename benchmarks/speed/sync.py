@@ -2,9 +2,11 @@
 
     python benchmarks/speed/sync.py --output runs/sync.json
 
-On the wire: a sender with the learner's weight source and a receiver that keeps nothing, one bucket after the other and
-with gathering and handing on beside the transfer, in alternating rounds; the same bytes as a memory copy, over a bare
-TCP connection and as bare gloo broadcasts. With an engine: syncs of a real vLLM engine, all weights and adapters alone.
+On the wire: a sender with the learner's weight source and a receiver that keeps nothing, in alternating rounds: as it
+was before (buckets of 64 MiB one after the other, a CRC of every byte), with today's buckets and checksum but one after
+the other, and with gathering and handing on beside the transfer. Its limits: the same bytes as a memory copy, over a
+bare TCP connection and as bare gloo broadcasts. With an engine: syncs of a real vLLM engine, all weights and adapters
+alone.
 """
 
 import argparse
@@ -17,18 +19,24 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylhf.rollout import gloo_stream
 from raylhf.rollout.gloo_stream import DEFAULT_BUCKET_BYTES, Transfer, TransferGroup, listen, open_group
 
 LOCALHOST = "127.0.0.1"
 TIMEOUT_S = 120.0
 LORA_RANK = 16
+KINDS = {"before": 64 * 2**20, "serial": DEFAULT_BUCKET_BYTES, "overlapped": DEFAULT_BUCKET_BYTES}
+"""Bytes of a bucket."""
 SMOLLM2_135M = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -39,6 +47,18 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 2048,
 }
+
+
+@contextmanager
+def as_of(kind: str) -> Iterator[None]:
+    """Within it, checksums are those of the given kind of sync."""
+    today = gloo_stream._checksum
+    if kind == "before":
+        gloo_stream._checksum = lambda data: zlib.crc32(data.numpy().data)
+    try:
+        yield
+    finally:
+        gloo_stream._checksum = today
 
 
 class OneAtATime:
@@ -96,14 +116,15 @@ def on_the_wire(pipe: Any, num_bytes: int, *, rounds: int) -> dict[str, Any]:
     group = open_group(LOCALHOST, _ask(pipe, "listen"), rank=1, world_size=2, timeout_s=TIMEOUT_S)
     port = _ask(pipe, "listen_tcp")
     with socket.create_connection((LOCALHOST, port)) as connection:
-        ways: dict[str, Callable[[], None]] = {
-            "memory_copy": lambda: _copy(num_bytes),
+        source, target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
+        ways: dict[str, Callable[[], object]] = {
+            "memory_copy": lambda: target.copy_(source),
             "tcp": lambda: _receive_tcp(pipe, connection, num_bytes),
             "gloo": lambda: _receive_gloo(pipe, group, num_bytes),
         }
-        for source in ("full", "merged"):
-            for kind in ("serial", "overlapped"):
-                ways[f"{source}_{kind}"] = lambda source=source, kind=kind: _receive(pipe, group, source, kind)
+        for name in ("full", "merged"):
+            for kind in KINDS:
+                ways[f"{name}_{kind}"] = partial(_receive, pipe, group, name, kind)
         seconds = _alternating(ways, rounds)
     group.close()
     return {name: _spread([num_bytes / s / 1e9 for s in times], "gb_per_s") for name, times in seconds.items()}
@@ -147,7 +168,7 @@ def _config(folder: str) -> Any:
     })  # fmt: skip
 
 
-def _alternating(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def _alternating(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way, `rounds` times in turns after a first time that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -167,15 +188,6 @@ def _spread(values: list[float], unit: str) -> dict[str, float]:
 # --- receiving ------------------------------------------------------------------------------------------------------
 
 
-def _copy(num_bytes: int) -> None:
-    source, target = (
-        torch.ones(DEFAULT_BUCKET_BYTES, dtype=torch.uint8),
-        torch.zeros(DEFAULT_BUCKET_BYTES, dtype=torch.uint8),
-    )
-    for size in _bucket_sizes(num_bytes):
-        target[:size].copy_(source[:size])
-
-
 def _receive_tcp(pipe: Any, connection: socket.socket, num_bytes: int) -> None:
     buffer = memoryview(bytearray(DEFAULT_BUCKET_BYTES))
     pipe.send(("send_tcp", (num_bytes,)))
@@ -193,14 +205,17 @@ def _receive_gloo(pipe: Any, group: TransferGroup, num_bytes: int) -> None:
     _answer(pipe)
 
 
-def _receive(pipe: Any, group: Any, source: str, kind: str) -> None:
-    from raylhf.rollout.gloo_stream import receive_parameters
-
-    pipe.send(("send_source", (source, kind)))
+def _receive(pipe: Any, group: TransferGroup, name: str, kind: str) -> None:
+    pipe.send(("send_source", (name, kind)))
     metadata = pipe.recv()
-    for _ in receive_parameters(OneAtATime(group) if kind == "serial" else group, metadata, round_=1):
-        pass
+    with as_of(kind):
+        for _ in gloo_stream.receive_parameters(_group_of(kind, group), metadata, round_=1, bucket_bytes=KINDS[kind]):
+            pass
     _answer(pipe)
+
+
+def _group_of(kind: str, group: TransferGroup) -> Any:
+    return group if kind == "overlapped" else OneAtATime(group)
 
 
 def _bucket_sizes(num_bytes: int) -> list[int]:
@@ -229,17 +244,17 @@ class _Sender:
     """The learner's side, in a process of its own: each method is a command."""
 
     def __init__(self, folder: str) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
         from raylhf.learner.weight_source import AdapterWeights, PolicyWeights
         from raylhf.models.adapters import add_lora, lora_layers
         from raylhf.models.tiny import byte_tokenizer
 
         torch.set_num_threads(1)
-        plain: Any = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
+        plain: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2_135M))
         plain.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
-        adapted: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        adapted: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         add_lora(adapted, rank=LORA_RANK, alpha=2 * LORA_RANK, target_modules="all-linear", seed=0)
         for layer in lora_layers(adapted).values():
             layer.lora_B["raylhf"].weight.data.normal_(std=0.01)
@@ -249,6 +264,7 @@ class _Sender:
             "adapters": AdapterWeights(adapted),
         }
         self._group: Any = None
+        self._connection: Any = None
         self._sender: Any = None
 
     def sizes(self) -> dict[str, int]:
@@ -283,12 +299,12 @@ class _Sender:
             self._group.start(data[:size]).wait()
 
     def send_source(self, pipe: Any, name: str, kind: str) -> None:
-        from raylhf.rollout.gloo_stream import send_parameters
-
         source = self._sources[name]
-        pipe.send(source.metadata())
-        group = OneAtATime(self._group) if kind == "serial" else self._group
-        send_parameters(group, source, source.metadata(), round_=1)
+        metadata = source.metadata()
+        pipe.send(metadata)
+        with as_of(kind):
+            group = _group_of(kind, self._group)
+            gloo_stream.send_parameters(group, source, metadata, round_=1, bucket_bytes=KINDS[kind])
 
     def open_sender(self, name: str) -> dict[str, Any]:
         from raylhf.rollout.weight_sender import open_sender

@@ -99,9 +99,10 @@ def require_safetensors(folder: str) -> None:
 
 def weight_names(folder: str) -> set[str]:
     """Names of the weights in the safetensors of a model (a folder, or a Hugging Face name that was loaded before)."""
-    files = Path(cached_file(folder, "config.json")).parent.glob("*.safetensors")
+    config_file = cached_file(folder, "config.json")
+    assert config_file is not None, "the model was not loaded before"
     names: set[str] = set()
-    for file in files:
+    for file in Path(config_file).parent.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             names.update(weights.keys())
     return names

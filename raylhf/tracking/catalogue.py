@@ -102,8 +102,8 @@ METRICS: dict[str, Metric] = {
     "data/dropped_overlong_count": Metric("Prompts longer than max_prompt_tokens, dropped at the start", "prompts"),
     "data/dropped_responses_count": Metric("Responses of the step that were not trained on", "responses", "0"),
     # sync: weights from learner to rollout workers
-    "sync/gb_per_s": Metric("Bytes of the weights by time/sync_s, for one receiver", "GB/s"),
-    "sync/bytes": Metric("Bytes of the weights sent", "bytes"),
+    "sync/gb_per_s": Metric("sync/bytes by time/sync_s, for one receiver; low where adapters travel alone", "GB/s"),
+    "sync/bytes": Metric("Bytes sent: the weights or, over gloo with learner.lora, the adapters alone", "bytes"),
     # time
     "time/rollout_s": Metric("Sampling, and scoring of what is sampled meanwhile", "s"),
     "time/wait_s": Metric("What the learners waited for the step's responses and scores", "s"),

@@ -1,5 +1,6 @@
 """The learner with the real DeepSpeed: what must not change its update, and what must not happen without one."""
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from stand_ins import make_config, run_ranks, share_of, weights_of, write_model
 from transformers import AutoModelForCausalLM
+
+from raylhf.rollout.adapter_stream import is_adapter_stream, with_adapters
 
 TOLERANCE = 1e-5
 
@@ -130,6 +133,46 @@ def test_the_export_of_a_tied_model_with_adapters_is_a_hugging_face_folder_with_
     exported = dict(model.named_parameters())
     assert_same_weights(weights, {name: exported[name].data for name in weights}, 0)
     assert exported.keys() == weights.keys()
+
+
+def both_streams(learner, rank):
+    """After a step: the merged weights, what is published, and the bytes of each."""
+    learner.update(*share_of(rank, 2))
+    lent = learner._published
+    assert lent.num_bytes == sum(t.nbytes for _, t in lent)
+    assert [(m.name, m.shape) for m in lent.metadata()] == [(name, tuple(t.shape)) for name, t in lent]
+    return weights_of(learner), {name: t.clone() for name, t in lent}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_adapters_that_travel_alone_make_the_merged_weights_to_the_bit(folder, stage, targets):
+    lora = {"rank": 4, "target_modules": targets}
+    config = make_config(folder, learner={"num_ranks": 2, "zero_stage": stage, "lora": lora})
+    weights, adapters = run_ranks(both_streams, config)[0]
+    assert is_adapter_stream(list(adapters))
+    frozen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    made = dict(with_adapters(frozen.items(), adapters, dtype=torch.float32))
+    assert weights.keys() == made.keys()
+    assert all(torch.equal(weights[name], made[name]) for name in weights)
+    changed = [name for name in made if not torch.equal(made[name], frozen[name])]
+    assert len(changed) == len(adapters) // 3 > 0
+
+
+def test_all_weights_travel_where_the_folder_has_other_names_for_what_adapters_change(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(folder, tmp_path / "renamed")
+    file = other / "model.safetensors"
+    save_file({name.removeprefix("model."): t for name, t in load_file(file).items()}, file, {"format": "pt"})
+    config = make_config(str(other), learner={"lora": {"rank": 4}})
+    weights, published = run_ranks(both_streams_alone, config)[0]
+    assert weights.keys() == published.keys()
+
+
+def both_streams_alone(learner, rank):
+    """The merged weights and what is published, of one rank."""
+    return weights_of(learner), dict(learner._published)
 
 
 def measure_all(learner, rank):

@@ -1,8 +1,13 @@
 """Both ends of the gloo wire in threads of one process, and the senders on top of it."""
 
+import multiprocessing
+import os
 import threading
+import time
+import zlib
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from raylhf.rollout.gloo_stream import (
     ParameterInfo,
     Segment,
     TransferGroup,
+    _checksum,
     listen,
     open_group,
     plan_buckets,
@@ -167,6 +173,123 @@ def test_a_corrupted_bucket_is_noticed_and_its_parameters_are_named(pair, monkey
     with pytest.raises(CorruptWeightsError, match=r"bucket 1 is wrong: bad, worse, after arrived corrupted"):
         transfer((sender, receiver), source)
     assert len(calls) == 4  # the sender was not left hanging
+
+
+class Recorder:
+    """A group that tells when a transfer begins and is waited for."""
+
+    def __init__(self, group: TransferGroup) -> None:
+        self._group = group
+        self.events: list[str] = []
+        self.num_under_way = 0
+
+    def start(self, buffer: torch.Tensor) -> Any:
+        self.events.append("start")
+        self.num_under_way += 1
+        transfer = self._group.start(buffer)
+
+        def wait() -> None:
+            transfer.wait()
+            self.num_under_way -= 1
+            self.events.append("wait")
+
+        return SimpleNamespace(wait=wait)
+
+
+class TellingSource(ListSource):
+    """Tells when a parameter is asked for, and fails at the third where it is to."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor], events: list[str], *, fails: bool = False) -> None:
+        super().__init__(parameters)
+        self._events, self._fails = events, fails
+
+    def __iter__(self):
+        for number, (name, tensor) in enumerate(super().__iter__()):
+            self._events.append("fill")
+            if self._fails and number == 2:
+                raise LookupError("gathering failed")
+            yield name, tensor
+
+
+def test_a_bucket_is_filled_while_the_one_before_is_on_the_wire(pair):
+    sender, receiver = map(Recorder, pair)
+    parameters = {str(i): torch.full((64,), float(i)) for i in range(4)}  # a bucket each
+    source = TellingSource(parameters, sender.events)
+    handed: list[float] = []
+    sent = in_thread(send_parameters, sender, source, source.metadata(), round_=1, bucket_bytes=256)
+    for _, tensor in receive_parameters(cast(Any, receiver), source.metadata(), round_=1, bucket_bytes=256):
+        receiver.events.append("hand on")
+        handed.append(float(tensor[0]))
+    sent()
+    assert sender.events == ["fill", "start"] + ["fill", "wait", "start"] * 3 + ["wait"]
+    assert receiver.events == ["start"] + ["wait", "start", "hand on"] * 3 + ["wait", "hand on"]
+    assert handed == [0, 1, 2, 3]
+
+
+def test_nothing_is_left_on_the_wire_when_gathering_fails(pair):
+    sender, receiver = Recorder(pair[0]), pair[1]
+    source = TellingSource({str(i): torch.ones(64) for i in range(4)}, [], fails=True)
+    stream = receive_parameters(receiver, source.metadata(), round_=1, bucket_bytes=256)
+    receiving = in_thread(lambda: [next(stream), next(stream)])
+    with pytest.raises(LookupError, match="gathering failed"):
+        send_parameters(cast(Any, sender), source, source.metadata(), round_=1, bucket_bytes=256)
+    assert sender.num_under_way == 0
+    assert len(receiving()) == 2
+
+
+def meet(rank: int, pipe: Any) -> TransferGroup:
+    """One of two ranks in processes that share a pipe."""
+    store = listen(timeout_s=TIMEOUT_S) if rank == 0 else None
+    if store is not None:
+        pipe.send(store.port)
+    port = store.port if store is not None else pipe.recv()
+    return open_group(LOCALHOST, port, rank=rank, world_size=2, timeout_s=TIMEOUT_S, store=store)
+
+
+def leave_in_the_middle(rank: int, pipe: Any) -> None:
+    """As the given rank of a transfer: end without a word after two buckets of eight."""
+    group = meet(rank, pipe)
+    for _ in range(2):
+        group.start(torch.zeros(2**20 + 24, dtype=torch.uint8)).wait()
+    os._exit(0)
+
+
+def send_all(group: TransferGroup, source: ListSource) -> None:
+    send_parameters(group, source, source.metadata(), round_=1, bucket_bytes=2**20)
+
+
+def receive_all(group: TransferGroup, source: ListSource) -> None:
+    list(receive_parameters(group, source.metadata(), round_=1, bucket_bytes=2**20))
+
+
+@pytest.mark.parametrize("lost_rank", [0, 1])
+def test_who_loses_the_other_end_in_the_middle_is_told_before_the_deadline(lost_rank):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=leave_in_the_middle, args=(lost_rank, theirs), daemon=True)
+    other.start()
+    group = meet(1 - lost_rank, ours)
+    source = ListSource({"w": torch.zeros(2**21)})
+    began = time.monotonic()
+    run = receive_all if lost_rank == 0 else send_all
+    with pytest.raises(RuntimeError) as raised:
+        run(group, source)
+    assert not isinstance(raised.value, CorruptWeightsError)
+    assert time.monotonic() - began < TIMEOUT_S / 2
+    group.close()
+    other.join(TIMEOUT_S)
+
+
+def test_the_checksum_tells_blocks_that_changed_places_and_single_bits():
+    data = torch.randint(0, 256, (3 * 4096 + 5,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    swapped = torch.cat([data[4096:8192], data[:4096], data[8192:]])
+    different = {_checksum(data), _checksum(swapped)}
+    for place in (0, 5000, 3 * 4096 + 4):
+        changed = data.clone()
+        changed[place] ^= 128
+        different.add(_checksum(changed))
+    assert len(different) == 5
+    assert _checksum(data[:5]) == zlib.crc32(bytes(data[:5].tolist()))  # less than a block: a plain CRC-32
 
 
 def test_a_receiver_that_missed_a_round_notices(pair):

@@ -1,8 +1,9 @@
 """A rollout worker on a real vLLM engine with a tiny model. One engine serves the whole module, in order."""
 
 import asyncio
+import copy
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from raylhf.batch import Prompt
 from raylhf.config import RunConfig
+from raylhf.models.low_rank import with_update
 from raylhf.models.tiny import write_tiny_model
 from raylhf.rollout.gloo_stream import TransferGroup
 from raylhf.rollout.orphans import descendants
@@ -56,7 +58,7 @@ class Harness:
         self.models = [
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (folder, other_folder)
         ]
-        self.weights = self.models[0]
+        self.weights: Any = self.models[0]
         self.version = 0
         self.worker = RolloutWorker(make_config(), folder, replica=0)
         self.started = self.call(self.worker.start())
@@ -83,7 +85,7 @@ class Harness:
     def generate(self, prompt: Prompt, num_responses: int, seed: int):
         return self.call(self.worker.generate(prompt, num_responses=num_responses, seed=seed))[0]
 
-    def publish(self, model: torch.nn.Module) -> int:
+    def publish(self, model: Any) -> int:
         self.weights, self.version = model, self.version + 1
         update = self.submit(self.worker.update_weights(self.sender.update_info(), policy_version=self.version))
         self.sender.send()
@@ -246,6 +248,48 @@ def test_an_update_without_some_of_the_weights_is_refused(harness):
     partial = torch.nn.ModuleDict({"model": harness.models[1].model})
     with pytest.raises(Exception, match="nothing for .*lm_head.weight"):
         harness.publish(partial)
+    harness.publish(harness.models[0])
+
+
+class Adapters:
+    """Random adapters to some layers of a model, under the names in which they travel; `merged` has them added."""
+
+    def __init__(self, model: torch.nn.Module, kinds: tuple[str, ...]) -> None:
+        self.merged = copy.deepcopy(model)
+        self._named: dict[str, torch.Tensor] = {}
+        generator = torch.Generator().manual_seed(7)
+        for name, weight in self.merged.named_parameters():
+            if any(f".{kind}." in name for kind in kinds):
+                layer, (rows, columns) = name.removesuffix(".weight"), weight.shape
+                low_a = torch.randn(4, columns, generator=generator) / 8
+                low_b = torch.randn(rows, 4, generator=generator) / 8
+                weight.data = with_update(weight.data, low_a, low_b, scaling=0.5)
+                scaling = torch.tensor(0.5, dtype=torch.float64)
+                self._named |= {f"{layer}.lora_A": low_a, f"{layer}.lora_B": low_b, f"{layer}.lora_scaling": scaling}
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._named.items())
+
+
+@pytest.mark.parametrize("kinds", [("q_proj", "v_proj"), ("k_proj", "o_proj", "up_proj", "down_proj"), ("gate_proj",)])
+def test_adapters_that_travel_alone_leave_the_engine_as_a_full_sync_does(harness, kinds):
+    adapters = Adapters(harness.models[0], kinds)
+    harness.publish(adapters.merged)
+    full = harness.generate(LONG, 4, seed=3), harness.generate(SHORT, 4, seed=9)
+    assert largest_difference(adapters.merged, full[0]) < 1e-4
+    assert largest_difference(harness.models[0], full[0]) > 1e-3
+    harness.publish(harness.models[1])  # whatever the engine held before does not count
+    harness.publish(adapters)
+    alone = harness.generate(LONG, 4, seed=3), harness.generate(SHORT, 4, seed=9)
+    assert same(full[0], alone[0]) and same(full[1], alone[1])
+    harness.publish(harness.models[0])
+
+
+def test_adapters_to_something_else_are_refused(harness):
+    stray = Adapters(harness.models[0], ("q_proj",))
+    stray._named = {name.replace("layers.0", "layers.9"): tensor for name, tensor in stray._named.items()}
+    with pytest.raises(Exception, match="no weights of .*layers.9.self_attn.q_proj"):
+        harness.publish(stray)
     harness.publish(harness.models[0])
 
 
