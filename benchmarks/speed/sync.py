@@ -256,7 +256,8 @@ class _Sender:
         byte_tokenizer().save_pretrained(folder)
         adapted: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         add_lora(adapted, rank=LORA_RANK, alpha=2 * LORA_RANK, target_modules="all-linear", seed=0)
-        for layer in lora_layers(adapted).values():
+        layers: dict[str, Any] = lora_layers(adapted)
+        for layer in layers.values():
             layer.lora_B["raylhf"].weight.data.normal_(std=0.01)
         self._sources: dict[str, Any] = {
             "full": PolicyWeights(plain),
