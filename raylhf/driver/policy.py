@@ -35,6 +35,7 @@ class PolicyJob:
         config, timeout_s = self._config, self._config.cluster.start_timeout_s
         run = self._run = Run(config=config, **vars(context))
         port = config.tracking.prometheus_port
+        context.tracker.set_phase("starting Ray")
         with (
             ray_session(config.cluster, env=ENVIRONMENT, prometheus_port=port),
             exporting(config.name, context.tracker) as gauges,

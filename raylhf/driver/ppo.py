@@ -119,6 +119,7 @@ def _train_on(run: Run) -> str:
     """From where the run stands to its end, unless learners are lost."""
     run.saved_step = run.step
     run.ledger.begin(run.step, next_draw=run.order.num_drawn)
+    run.tracker.set_phase("first weights")
     publish_weights(run)  # a resumed learner is ahead of the folder that the engines loaded
     try:
         status = _loop(run)
@@ -150,6 +151,7 @@ def _loop(run: Run) -> str:
     if not run.evaluations:
         calibrate_rewards(run)
         evaluate_now(run)
+    run.tracker.start_is_over(run.step, run.workers.start_seconds)
     while True:
         is_over = run.step >= config.num_steps or is_over_budget(run)
         every = config.evaluation.every_steps

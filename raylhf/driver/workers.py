@@ -83,15 +83,22 @@ class Workers:
         self.learner = self._launch_learners()
         self.num_learner_restarts = 0
         """How often all ranks were started anew."""
+        self.start_seconds: dict[str, float] = {}
+        """Metrics of the workers' own starts."""
         self.statistics = RewardStatistics(config, self.reward, should_stop)
         self.sync = WeightSync(config, self.rollout, self.learner)
 
     def start(self) -> None:
         """Wait until all of them are up."""
-        starts = self.reward.start_references() | self.rollout.start_references()
-        starts |= _start_learners(self.config, self.learner, self._should_stop)
+        rewards, rollouts = self.reward.start_references(), self.rollout.start_references()
+        starts = rewards | rollouts | _start_learners(self.config, self.learner, self._should_stop)
         timeout_s = self.config.cluster.start_timeout_s
-        gather(starts, phase="start-up", timeout_s=timeout_s, should_stop=self._should_stop)
+        answers = gather(starts, phase="start-up", timeout_s=timeout_s, should_stop=self._should_stop)
+        of_engines = answers[len(rewards) : len(rewards) + len(rollouts)]
+        self.start_seconds = {
+            "time/start_engine_s": max(answer["start_s"] for answer in of_engines),
+            "time/start_learner_s": max(answers[len(rewards) + len(rollouts) :]),
+        }
         self.rollout.poll()
         self.reward.poll()
         self.statistics.begin()

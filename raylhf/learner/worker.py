@@ -54,8 +54,9 @@ class LearnerWorker:
         """On rank 0: host the learners' rendezvous and return its port."""
         return self._rendezvous.open()
 
-    def start(self, host: str, port: int) -> None:
-        """Join the other ranks, load the models, build the engines."""
+    def start(self, host: str, port: int) -> float:
+        """Join the other ranks, load the models, build the engines; returns the seconds that it took."""
+        began = time.perf_counter()
         self._rendezvous.join(host, port)
         config, objective = self._config, self._config.objective
         has_guide = isinstance(objective, OnlineDPOConfig) and isinstance(objective.loss, TGDPOLoss)
@@ -77,6 +78,7 @@ class LearnerWorker:
         if config.weight_transfer == "gloo":  # vLLM's own transports cannot merge
             self._published = published_weights(self._weights, lm, folder=self._folder)
         forget_peak_memory(self._device)
+        return time.perf_counter() - began
 
     def close(self) -> None:
         """Leave the groups."""

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
 import numpy as np
+import psutil
 
 from raylhf.config.run import AnyRunConfig
 from raylhf.tracking.catalogue import QUANTILES, require_histogram, require_metrics
 from raylhf.tracking.console import build_console
 from raylhf.tracking.jsonl import JsonlFile, plain
 from raylhf.tracking.redaction import without_secrets
+from raylhf.tracking.startup import StartUp, start_line
 
 
 class Tracker:
@@ -33,6 +35,7 @@ class Tracker:
         self._samples = JsonlFile(run_dir / "samples.jsonl", resume_step=resume_step)
         self._row: dict[str, Any] = self._metrics.kept_rows[-1] if self._metrics.kept_rows else {"step": -1}
         self._is_finished = False
+        self._start: StartUp | None = StartUp(began=psutil.Process().create_time())
         self.phase = "start"
         """What the run is doing."""
         self.listener: Callable[[int, Mapping[str, float]], None] | None = None
@@ -97,8 +100,22 @@ class Tracker:
     def set_phase(self, name: str) -> None:
         """Say what the run is doing now, on the console and in `status.json`."""
         self.phase = name
+        if self._start is not None:
+            self._start.enter(name)
         self._console.set_phase(name)
         self._note_status(name)
+
+    def start_is_over(self, step: int, of_workers: Mapping[str, float]) -> None:
+        """Log and print where the time since the program's start went; later calls do nothing.
+
+        `of_workers` are metrics of the workers' own starts.
+        """
+        if self._start is None:
+            return
+        metrics = {**self._start.metrics(), **of_workers}
+        self._start = None
+        self.log(step, metrics)
+        print(start_line(metrics), flush=True)
 
     def rewind(self, step: int) -> None:
         """Cut off the rows from `step` on, which will be logged again: the run goes back to an earlier state.

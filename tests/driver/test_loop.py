@@ -42,7 +42,7 @@ def loop(monkeypatch):
         run = ppo.Run(
             config=RunConfig.model_validate(raw),
             folder=Path(),
-            tracker=cast(Any, SimpleNamespace()),
+            tracker=cast(Any, SimpleNamespace(set_phase=lambda *_: None, start_is_over=lambda *_: None)),
             fingerprint={},
             should_stop=lambda: stop_at is not None and run.step >= stop_at,
             evaluations=[{"step": step, "metrics": {"eval/kl_to_ref": kl}}] if step else [],
@@ -52,6 +52,7 @@ def loop(monkeypatch):
         )
         run.ledger = cast(Any, SimpleNamespace(begin=lambda step, next_draw: None))
         run.order = cast(Any, SimpleNamespace(num_drawn=0))
+        run.workers = cast(Any, SimpleNamespace(start_seconds={}))
         events: list[str] = []
         remaining = iter(kls)
 

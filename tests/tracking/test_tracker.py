@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from raylhf.tracking import startup
 from raylhf.tracking.redaction import RedactedStream
 from raylhf.tracking.tracker import Tracker
 
@@ -54,6 +56,38 @@ def test_the_status_file_says_what_the_run_does_now(tmp_path, run_config):
     assert status() == ("learn", 3)
     tracker.finish("stopped", {})
     assert status() == ("stopped", 3)
+
+
+def test_the_start_is_told_once_by_part_in_a_line_and_in_the_row_of_the_step_that_it_led_to(
+    tmp_path, run_config, monkeypatch, capsys
+):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(startup.time, "time", lambda: clock.now)
+    start = startup.StartUp(began=97.5)
+    for phase, seconds in {"starting Ray": 2.0, "starting workers": 20.0, "evaluation": 1.5, "other": 0.5}.items():
+        start.enter(phase)
+        clock.now += seconds
+    metrics = start.metrics()
+    assert metrics == {
+        "time/start_s": 26.5,
+        "time/start_program_s": 2.5,
+        "time/start_ray_s": 2.0,
+        "time/start_workers_s": 20.0,
+        "time/start_evaluation_s": 1.5,
+    }
+    assert startup.start_line({**metrics, "time/start_engine_s": 12.25, "time/start_learner_s": 6.0}) == (
+        "first step after 26.5 s: program 2.5, Ray 2.0, workers 20.0 (vLLM engine 12.2, learners 6.0), evaluation 1.5"
+    )
+    monkeypatch.undo()
+    tracker = Tracker(run_config(), tmp_path, None, num_steps=4)
+    tracker.set_phase("starting workers")
+    tracker.log(0, {"eval/score_mean": 1.0})
+    for seconds in (3.0, 4.0):  # the second time is after the learners were lost
+        tracker.start_is_over(0, {"time/start_engine_s": seconds})
+    (row,) = rows_of(tmp_path / "metrics.jsonl")
+    assert row["eval/score_mean"] == 1.0 and row["time/start_engine_s"] == 3.0
+    assert row["time/start_s"] >= row["time/start_workers_s"] > 0
+    assert capsys.readouterr().out.count("first step after") == 1
 
 
 def test_everything_of_one_step_is_one_row(tmp_path, run_config):
