@@ -54,6 +54,7 @@ def first_step(checkout: Path, config: str) -> dict[str, float]:
         began = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", "raylhf.cli", "train", str(ROOT / config), *settings],
+            cwd=checkout,  # which `-m` looks at before PYTHONPATH; workers look at PYTHONPATH
             env=_environment(checkout),
             stdout=subprocess.PIPE,
             text=True,
