@@ -10,7 +10,7 @@ import argparse
 import json
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,12 +85,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, default=2048, help="prompts of a batch, of 8 responses each")
     arguments = parser.parse_args()
+    rows = measure_all(arguments.workers, num_prompts=arguments.prompts)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure_all(counts: Sequence[int], *, num_prompts: int) -> list[dict[str, float]]:
+    """The driver's cost with each number of rollout workers, on a Ray of its own."""
     rows = []
     with ray_session(ClusterConfig(cpus_per_node=2), env=ENVIRONMENT):
-        for count in arguments.workers:
-            rows.append(measure(count, arguments.prompts))
+        for count in counts:
+            rows.append(measure(count, num_prompts))
             print(rows[-1], flush=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 def measure(num_workers: int, num_prompts: int) -> dict[str, float]:
