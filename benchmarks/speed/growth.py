@@ -1,4 +1,4 @@
-"""(d) How cost grows: with sequence length, batch size and ranks of the learner, and with rollout workers of the driver."""
+"""(d) How cost grows: with length, batch and ranks of the learner, and with the rollout workers that the driver has."""
 
 import statistics
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import uuid
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,17 @@ MOST_OTHERS = 0.08
 
 
 class Neighbours:
-    """Samples the CPU seconds of a process with all below it, and of the whole machine, while it is entered."""
+    """Samples the CPU seconds of a program with all that it starts, and of the whole machine, while it is entered.
 
-    def __init__(self, pid: int) -> None:
-        self._tree = psutil.Process(pid)
+    The program is to be started with `mark` in its environment: processes that leave its tree keep that.
+    """
+
+    def __init__(self) -> None:
+        self.mark = {"RAYLHF_SPEED_RUN": uuid.uuid4().hex}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._own: dict[tuple[int, float], float] = {}
+        self._is_own: dict[int, bool] = {}
+        self._spent: dict[int, float] = {}
         self._samples: list[tuple[float, float, float]] = []
 
     def __enter__(self) -> "Neighbours":
@@ -34,21 +39,25 @@ class Neighbours:
         while not self._is_over.wait(PERIOD_S):
             times: Any = psutil.cpu_times()
             busy = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
-            self._samples.append((time.time(), busy, self._tree_s()))
+            self._samples.append((time.time(), busy, self._own_s()))
 
-    def _tree_s(self) -> float:
-        """CPU seconds of all processes that were ever seen in the tree."""
-        try:
-            processes = [self._tree, *self._tree.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            processes = []
-        for process in processes:
+    def _own_s(self) -> float:
+        """CPU seconds of all processes that were ever seen with the mark."""
+        for pid in psutil.pids():
             try:
-                spent = process.cpu_times()
-                self._own[process.pid, process.create_time()] = spent.user + spent.system
-            except psutil.NoSuchProcess:
+                process = psutil.Process(pid)
+                if not self._is_own.get(pid, False) and (pid not in self._is_own or self._is_young(process)):
+                    self._is_own[pid] = self.mark.items() <= process.environ().items()
+                if self._is_own[pid]:
+                    spent = process.cpu_times()
+                    self._spent[pid] = spent.user + spent.system
+            except psutil.Error:
                 continue
-        return sum(self._own.values())
+        return sum(self._spent.values())
+
+    def _is_young(self, process: psutil.Process) -> bool:
+        """Whether it may have been seen between fork and exec, with its parent's environment."""
+        return process.create_time() > time.time() - 4 * PERIOD_S
 
     def share(self, began: float, ended: float) -> float:
         """Of all cores, what others took between two times (of `time.time`)."""

@@ -18,6 +18,8 @@ from raylhf.models.chat import encode_prompt
 from raylhf.models.load import load_tokenizer
 
 POLL_S = 0.02
+MICRO_BATCH_TOKENS = 4096
+"""The whole step of an online method at once, and not more of stored pairs than fits the caches."""
 PARTS = {
     "rollout_s": "time/rollout_s",
     "learn_s": "time/learn_s",
@@ -40,6 +42,7 @@ def settings(workload: work.Workload, data: Path, folder: Path, *, steps: int) -
             "num_ranks": 1,
             "threads": workload.threads,
             "zero_stage": 0,
+            "micro_batch_tokens": MICRO_BATCH_TOKENS,
             "lr": workload.lr,
             "adam_eps": 1e-8,
             "max_grad_norm": 1.0,
@@ -77,7 +80,6 @@ def offline(workload: work.Workload, data: dict[str, Any]) -> dict[str, Any]:
     """Pairs, one optimizer step a batch."""
     if workload.method == "dpo":
         objective: dict[str, Any] = {"kind": "preference", "loss": {"kind": "dpo", "beta": workload.beta}}
-        objective["packing"] = True
     else:
         objective = {"kind": "reward_model", "loss": {"kind": "bradley_terry"}}
     return {
@@ -95,12 +97,13 @@ def run(
     config = folder / "settings.yaml"
     YAML().dump(settings(workload, data, folder, steps=steps), config)
     command = [sys.executable, "-m", "raylhf.cli", "train", str(config), *overrides]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
+    neighbours = Neighbours()
+    environment = {**os.environ, **neighbours.mark, "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     began = time.time()
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
-            with Neighbours(process.pid) as neighbours:
+            with neighbours:
                 ends = watch(process, folder / "metrics.jsonl", steps=steps)
         finally:
             process.terminate()

@@ -41,13 +41,19 @@ def run(
     spec |= {"output": str(folder / "steps.json"), "micro": MICRO[workload.method], **changes}
     (folder / "spec.json").write_text(json.dumps(spec))
     (folder / "steps.json").unlink(missing_ok=True)
-    variables = {"OMP_NUM_THREADS": str(workload.threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    neighbours = Neighbours()
+    variables = {
+        **neighbours.mark,
+        "OMP_NUM_THREADS": str(workload.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
     began = time.time()
     with (folder / "output.txt").open("w") as output:
         command = [str(python), str(HERE / "trl_peer.py"), str(folder / "spec.json")]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **variables})
         try:
-            with Neighbours(process.pid) as neighbours:
+            with neighbours:
                 code = process.wait()
         finally:
             process.kill()

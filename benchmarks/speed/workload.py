@@ -10,16 +10,17 @@ import numpy as np
 
 Method = Literal["online_dpo", "grpo", "rloo", "dpo", "reward_model"]
 SEED = 0
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand "
-    "part place case week company system program question work government number night point home water room mother "
-    "area money story fact month lot right study book eye job word business issue side kind head house service friend "
-    "father power hour game line end member law car city community name president team minute idea body information "
-    "back parent face others level office door health person art war history party result change morning reason "
-    "research girl guy moment air teacher force education the of and to in is that it was for on are with as his they "
-    "at be this from have or by one had not but what all were when we there can an your which their said if do will "
-    "each about how up out them then she many some so these would other into has more her two like him see"
-).split()
+VOCABULARY = """
+time year people way day man thing woman life child world school state family student group country problem hand part
+place case week company system program question work government number night point home water room mother area money
+story fact month lot right study book eye job word business issue side kind head house service friend father power
+hour game line end member law car city community name president team minute idea body information back parent face
+others level office door health person art war history party result change morning reason research girl guy moment air
+teacher force education the of and to in is that it was for on are with as his they at be this from have or by one had
+not but what all were when we there can an your which their said if do will each about how up out them then she many
+some so these would other into has more her two like him see
+"""
+"""Words that are mostly one token."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,6 @@ def writer(seed: int) -> Callable[[int], str]:
     rng = np.random.default_rng((seed, 0))
 
     def write(num_words: int) -> str:
-        return " ".join(rng.choice(WORDS, size=num_words))
+        return " ".join(rng.choice(VOCABULARY.split(), size=num_words))
 
     return write
