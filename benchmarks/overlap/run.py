@@ -48,17 +48,21 @@ PIN_S = 1.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/overlap"), help="folder of the runs")
-    arguments = parser.parse_args()
-    parts, ahead = (run_pinned(arguments.output / f"staleness_{n}", f"rollout.max_staleness={n}") for n in (0, 1))
+    found = measure(parser.parse_args().output)
+    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Both runs in `folder`, and their steps by the longer part of the synchronous one."""
+    parts, ahead = (run_pinned(folder / f"staleness_{n}", f"rollout.max_staleness={n}") for n in (0, 1))
     longer = max(parts["rollout_s"], parts["learn_s"])
-    found = {
+    return {
         "synchronous": parts,
         "asynchronous": ahead,
         "asynchronous_step_over_longer_part": round(ahead["step_s"] / longer, 3),
         "synchronous_step_over_longer_part": round(parts["step_s"] / longer, 3),
     }
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
 
 
 def run_pinned(folder: Path, *settings: str) -> dict[str, float]:

@@ -77,7 +77,7 @@ def _learn(
                 response_ids=own,
                 rollout_logprobs=[np.full(len(ids), -1.0, dtype=np.float32) for ids in own],
                 response_texts=[""] * len(own),
-                finish_reasons=["length"] * len(own),
+                finish_reasons=("length",) * len(own),
                 policy_versions=[np.zeros(len(ids), dtype=np.int64) for ids in own],
                 temperature=1.0,
             )

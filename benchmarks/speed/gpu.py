@@ -23,7 +23,7 @@ import numpy as np
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s by what the name of a GPU (SXM form) contains, as their makers publish them."""
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -218,7 +218,7 @@ def online_step(case: dict[str, Any], folder: str, sizes: list[tuple[int, int]],
                 response_ids=[rng.integers(0, vocabulary, n) for n in lengths],
                 rollout_logprobs=[np.full(n, -np.log(vocabulary), dtype=np.float32) for n in lengths],
                 response_texts=[""] * GROUP_SIZE,
-                finish_reasons=["stop"] * GROUP_SIZE,
+                finish_reasons=("stop",) * GROUP_SIZE,
                 policy_versions=[np.zeros(n, dtype=np.int64) for n in lengths],
                 temperature=1.0,
             )
