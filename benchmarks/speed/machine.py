@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-PERIOD_S = 0.5
-MOST_OTHERS = 0.08
+PERIOD_S = 1.0
+MOST_OTHERS = 0.12
 """Share of the machine's cores that others may take in a step that counts."""
 
 

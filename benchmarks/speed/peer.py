@@ -60,6 +60,8 @@ def run(
     if code:
         raise SystemExit(f"TRL's run in {folder} failed:\n{(folder / 'output.txt').read_text()[-3000:]}")
     rows = json.loads((folder / "steps.json").read_text())
+    startup_s = rows[0]["end"] - rows[0]["seconds"] - began
     for row in rows:
-        row["others"] = neighbours.share(row["end"] - row["seconds"], row["end"])
-    return {"startup_s": rows[0]["end"] - rows[0]["seconds"] - began, "steps": rows[1:]}
+        ended = row.pop("end")
+        row["others"] = neighbours.share(ended - row["seconds"], ended)
+    return {"startup_s": startup_s, "steps": rows[1:]}

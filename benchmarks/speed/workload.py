@@ -1,7 +1,7 @@
 """The work that both sides get: the model, prompts and judgements made from a seed, lengths, batches, threads."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,15 @@ some so these would other into has more her two like him see
 """
 """Words that are mostly one token."""
 
+ASKED = (
+    "Say one word",
+    "Write one short sentence",
+    "Write two sentences",
+    "Explain in a paragraph what you think",
+    "Write a very long story, without an end,",
+)
+"""From short answers to such as never end."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -33,7 +42,9 @@ class Workload:
     group_size: int = 2
     """Responses of one prompt."""
     response_tokens: int = 64
-    """Most tokens of a sampled response; the prompts ask for long ones, so that nearly all have as many."""
+    """Most tokens of a sampled response."""
+    mixed: bool = False
+    """The prompts ask for answers of all lengths; else for long ones, so that nearly all have `response_tokens`."""
     max_tokens: int = 512
     """Longest row of a pair."""
     threads: int = 2
@@ -59,6 +70,8 @@ class Workload:
 WORKLOADS: dict[str, Workload] = {
     "online_dpo": Workload("online_dpo", sequences=16, group_size=2),
     "grpo": Workload("grpo", sequences=16, group_size=4, beta=0.04),
+    "online_dpo_mixed": Workload("online_dpo", sequences=16, group_size=2, response_tokens=128, mixed=True),
+    "grpo_mixed": Workload("grpo", sequences=16, group_size=4, beta=0.04, response_tokens=128, mixed=True),
     "rloo": Workload("rloo", sequences=16, group_size=4, beta=0.05),
     "dpo": Workload("dpo", sequences=16),
     "reward_model": Workload("reward_model", sequences=16, lr=1e-5),
@@ -68,7 +81,7 @@ WORKLOADS: dict[str, Workload] = {
 def write_data(workload: Workload, folder: Path, *, steps: int) -> Path:
     """Rows for so many steps, the same at every call; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = prompt_rows() if workload.is_online else pair_rows()
+    rows = prompt_rows(ASKED if workload.mixed else ASKED[-1:]) if workload.is_online else pair_rows()
     path = folder / f"{workload.method}.jsonl"
     with path.open("w") as file:
         for _ in range(workload.prompts * steps):
@@ -76,12 +89,12 @@ def write_data(workload: Workload, folder: Path, *, steps: int) -> Path:
     return path
 
 
-def prompt_rows() -> Iterator[dict[str, str]]:
-    """Prompts of mixed length that ask for a long answer."""
+def prompt_rows(asked: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Prompts of mixed length that ask for something of `asked`."""
     write = writer(SEED)
     rng = np.random.default_rng((SEED, 1))
     while True:
-        yield {"prompt": f"Write a very long story, without an end, about {write(int(rng.integers(4, 40)))}."}
+        yield {"prompt": f"{rng.choice(asked)} about {write(int(rng.integers(4, 40)))}."}
 
 
 def pair_rows() -> Iterator[dict[str, str]]:
