@@ -77,7 +77,10 @@ def measured(name: str, arguments: argparse.Namespace, turn: Turn) -> Any:
 
 
 def in_a_script(name: str, folder: Path, turn: Turn) -> Any:
-    """What a script beside this one writes to its --output."""
+    """What a script beside this one writes to its --output; None where there is none."""
+    if not (HERE / f"{name}.py").exists():
+        print(f"{name}: {name}.py is not here")
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     with turn():
         command = [sys.executable, str(HERE / f"{name}.py"), "--output", str(folder / "found.json")]
