@@ -119,6 +119,10 @@ def build_engine(
     else:
         optimizer = torch.optim.AdamW(list(groups), fused=True, **options)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    if engine.zero_optimization_stage() == 0:
+        # For half precision DeepSpeed has allocated Adam's moments by a step without gradients, and leaves it counted.
+        for group in range(len(groups)):
+            restart_adam(engine, group=group)
     return engine
 
 

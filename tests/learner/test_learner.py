@@ -290,3 +290,19 @@ def test_one_step_to_a_batch_finds_the_old_log_probabilities_itself(folder, tmp_
         for key in found.keys() - {"memory/learner_peak_gib"}:
             if not key.endswith("_s"):
                 assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
+
+
+def one_update(learner, rank):
+    """Weights after one update."""
+    learner.update(*share_of(rank, 1))
+    return weights_of(learner)
+
+
+def test_in_half_precision_the_first_update_is_adams_first_step_with_and_without_partitions(folder):
+    whole, partitioned = (
+        run_ranks(one_update, make_config(folder, model={"dtype": "bfloat16"}, learner={"zero_stage": stage}))[0]
+        for stage in (0, 1)
+    )
+    # A step that is counted twice is a third shorter; the learning rate is 1e-2, and what is left is rounding.
+    for name, weight in whole.items():
+        assert (weight.float() - partitioned[name].float()).abs().mean() < 1e-4, name
