@@ -100,6 +100,8 @@ def _cluster(path: str, overrides: Sequence[str], gpus: int | None, gpu_memory: 
         yield f"cluster.gpu_memory_gib={gpu_memory:g}"
     if gpus is None:
         return
+    if gpus < 1:
+        raise ConfigError([f"--gpus is {gpus}; a cluster of GPUs has at least one"])
     source = read_source(path, overrides)
     per_node = min(gpus, source.value(("cluster", "gpus_per_node")) or GPUS_PER_NODE)
     if gpus % per_node:

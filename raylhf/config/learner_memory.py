@@ -40,8 +40,8 @@ LORA_HOLES = 0.6
 """What it loses more with LoRA, by bytes of activations: its layers make three tensors for each that is kept."""
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc takes smaller blocks from its heap, which does not shrink while anything above lives."""
-SEND_BUCKET = {"gloo": 64.0 * 2**20, "nccl": 3.0 * GIB}
-"""Buffers of a weight transfer: one bucket of raylhf's; two packed buffers of vLLM's and the copies that fill one."""
+SEND_BUCKET = {"gloo": 16.0 * 2**20, "nccl": 3.0 * GIB}
+"""Buffers of a weight transfer: two buckets of raylhf's; two packed buffers of vLLM's and the copies that fill one."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ engine's second process included (measured: docs/planning.md)."""
 ENGINE_WORK = 0.55 * GIB
 """What vLLM takes on a CPU beside weights and KV cache: buffers, packed weights, activations (measured there)."""
 
-RECEIVE_BUCKET = {"gloo": 64.0 * 2**20, "nccl": 2.0 * GIB, "ipc": 0.0}
-"""Buffers of a weight transfer at the engine's end: one bucket of raylhf's, two packed buffers of vLLM's."""
+RECEIVE_BUCKET = {"gloo": 16.0 * 2**20, "nccl": 2.0 * GIB, "ipc": 0.0}
+"""Buffers of a weight transfer at the engine's end: two buckets of raylhf's, two packed buffers of vLLM's."""
 
 
 @dataclass(frozen=True)

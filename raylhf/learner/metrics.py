@@ -38,11 +38,12 @@ def update_metrics(totals: Totals) -> dict[str, float]:
             "policy/approx_kl": sums["approx_kl"] / tokens,
             "policy/ratio_mean": sums["ratio_sum"] / tokens,
             "policy/ratio_max": sums["ratio_max"],
-            "policy/first_ratio_error": sums["first_ratio_error"],
             "policy/entropy": sums["entropy"] / tokens,
             "policy/grad_norm": sums["grad_norm"],
             "policy/lr": sums["lr"],
         }
+    if "first_ratio_error" in sums:
+        metrics["policy/first_ratio_error"] = sums["first_ratio_error"]
     if "critic_loss" in sums:
         metrics |= {
             "critic/loss": sums["critic_loss"] / steps,

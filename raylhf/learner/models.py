@@ -15,7 +15,7 @@ from raylhf.learner.engine import build_engine, build_frozen, engine_settings, p
 from raylhf.learner.microbatch import Layout, MicroBatch, layout_of, make_micro_batch
 from raylhf.models.adapters import adapters_off, add_lora
 from raylhf.models.load import load_model_config
-from raylhf.models.packing import SEGMENT_ATTENTION, require_packable
+from raylhf.models.packing import not_packable, require_packable, sliding_window, use_segments
 from raylhf.models.policy import PolicyModel, load_critic, load_policy
 
 
@@ -97,8 +97,10 @@ def _forward(model: Any, batch: MicroBatch, temperature: float = 1.0) -> Any:
 
 
 PACKING_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
-"""Most that packing may change a row's mean log-probability, nats a token, by dtype: rounding is well below it, tokens
-that see another row are well above."""
+"""Most that packing may change a row's mean log-probability (nats a token) or its score (of the largest), by dtype:
+rounding is well below it, tokens that see another row are well above."""
+NUM_TRIED = 8
+"""Tokens at the end of each row that are compared."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,39 @@ class _TrialRows:
 
 
 @torch.no_grad()
-def packing_error(models: LearnerModels, device: torch.device) -> float:
-    """The most that packing changes the policy's mean log-probability of a row of random tokens, nats a token
-    (collective)."""
+def try_out(models: LearnerModels, dtype: str, device: torch.device, *, longest: int) -> None:
+    """Compare the policy with itself on random tokens: twice, and packed with apart (collective). A row of the run has
+    at most `longest` tokens, which matters to layers that look back so far only.
+
+    Raises:
+        ValueError: the model gives other numbers every time, or does not keep rows on a packed line apart.
+    """
+    config, layout = models.policy.module.lm.config, models.layout
+    window = sliding_window(config)
+    last = window + NUM_TRIED if window is not None and window < longest else NUM_TRIED
     rng = np.random.default_rng(0)
-    vocabulary = models.policy.module.lm.config.vocab_size
-    prompts = [rng.integers(0, vocabulary, size) for size in (5, 9)]
-    rows = _TrialRows([prompts[i // 2] for i in range(4)], [rng.integers(0, vocabulary, size) for size in (7, 3, 4, 8)])
-    found, expected = (
-        micro.scatter(models.policy_forward(micro, 1.0)[0], 8)
-        for layout in (models.layout, replace(models.layout, is_packed=False))
-        for micro in [make_micro_batch(rows, range(4), device, layout)]
-    )
-    lengths = torch.tensor([len(ids) for ids in rows.response_ids], device=device)
-    return ((found - expected).abs().sum(dim=1) / lengths).max().item()
+    prompts = [rng.integers(0, config.vocab_size, size) for size in (5, 9)]
+    responses = [rng.integers(0, config.vocab_size, size) for size in (7, 3, 4, last)]
+    rows = _TrialRows([prompts[i // 2] for i in range(4)], responses)
+
+    def means(layout: Layout) -> Tensor:
+        micro = make_micro_batch(rows, range(4), device, layout)
+        logprobs = models.policy_forward(micro, 1.0)[0].split([len(ids) for ids in responses])
+        return torch.stack([own[-NUM_TRIED:].mean() for own in logprobs])
+
+    apart = replace(layout, is_packed=False)
+    expected = means(apart)
+    if not (error := (means(apart) - expected).abs().max().item()) <= PACKING_LIMIT[dtype]:
+        raise ValueError(
+            f"model {config.model_type!r}: the same tokens get log-probabilities that differ by {error:.2g} nats from "
+            "one time to the next: it has dropout that raylhf does not find, or a kernel that is not deterministic"
+        )
+    if layout.is_packed:
+        try:
+            found = means(layout)
+        except (TypeError, AttributeError, KeyError) as error:  # of code that does not know what it is given
+            raise ValueError(not_packable(config, f"cannot be given a packed line ({error!r})")) from error
+        require_packing((found - expected).abs().max().item(), dtype)
 
 
 def require_packing(error: float, dtype: str) -> None:
@@ -147,18 +168,18 @@ def build_models(
     moves_reference: bool = False,
     has_guide: bool = False,
     second_folder: str = "",
+    longest: int,
 ) -> LearnerModels:
-    """Load and wrap what this rank trains or reads; `second_folder` holds the critic's start or the guide."""
+    """Load and wrap what this rank trains or reads; `second_folder` holds the critic's start or the guide. No row will
+    have more than `longest` tokens."""
     learner = config.learner
     shares_trunk = critic is not None and critic.trunk == "shared"
     architecture = load_model_config(folder, trust_remote_code=config.model.trust_remote_code)
     settings = engine_settings(learner, use_bf16=config.model.dtype == "bfloat16", hidden_size=architecture.hidden_size)
     layout = layout_of(learner, attention=config.model.attention)
-    if layout.is_packed:
-        require_packable(architecture)
     source = {
         "dtype": getattr(torch, config.model.dtype),
-        "attention": SEGMENT_ATTENTION if layout.knows_segments else config.model.attention,
+        "attention": config.model.attention,
         "trust_remote_code": config.model.trust_remote_code,
     }
     frozen = {**source, "logprob_chunk": learner.logprob_chunk, "with_value_head": False}
@@ -167,6 +188,10 @@ def build_models(
         own_critic = load_critic(second_folder, **source) if critic is not None and not shares_trunk else None
         reference = load_policy(folder, **frozen) if has_reference and learner.lora is None else None
         guide = load_policy(second_folder, **frozen) if has_guide else None
+    if layout.is_packed:
+        trunks = {"policy": policy.lm, "reference": reference and reference.lm, "guide": guide and guide.lm}
+        trunks["critic"] = own_critic and own_critic.trunk
+        _prepare_packing({name: trunk for name, trunk in trunks.items() if trunk is not None}, layout)
     _make_trainable(policy, policy.lm, config)
     critic_engine = None
     if own_critic is not None:
@@ -180,9 +205,24 @@ def build_models(
         guide=None if guide is None else build_frozen(guide.to(device), settings),
         reference_moves=moves_reference,
     )
-    if layout.is_packed:
-        require_packing(packing_error(models, device), config.model.dtype)
+    try_out(models, config.model.dtype, device, longest=longest)
     return models
+
+
+def _prepare_packing(trunks: dict[str, Any], layout: Layout) -> None:
+    """Have models attend by segments where the layout is of that kind.
+
+    Raises:
+        ValueError: one of them cannot, or is of another kind than the policy, on which alone packing is tried.
+    """
+    kind = trunks["policy"].config.model_type
+    for name, trunk in trunks.items():
+        require_packable(trunk.config)
+        if trunk.config.model_type != kind:
+            finding = f"is the {name}, and packing is tried on the policy alone, which is a {kind!r}"
+            raise ValueError(not_packable(trunk.config, finding))
+        if layout.knows_segments:
+            use_segments(trunk)
 
 
 def _make_trainable(module: nn.Module, trunk: Any, config: CommonConfig) -> None:

@@ -128,7 +128,7 @@ class PPOObjective:
                 if counts["tokens"] == 0:  # nothing valid anywhere: equal on every rank
                     continue
                 reduced = self._minibatch(batch, rows, counts, taken, share_done=step / self._config.num_steps)
-                if trains_policy and taken.policy == 0:
+                if trains_policy and taken.policy == 0 and not self.learns_once:
                     self._check_first_ratio(reduced["log_ratio"] / reduced["tokens"])
                 taken = StepsTaken(policy=taken.policy + trains_policy, critic=taken.critic + 1)
                 approx_kl += reduced.get("approx_kl", 0.0)
@@ -201,10 +201,10 @@ class PPOObjective:
         logprobs, entropies = part.scatter(flat_logprobs, width), part.scatter(flat_entropies, width)
         if self.learns_once:
             x.old_logprobs[rows] = logprobs.detach()
-        totals.add(
-            entropy=masked_sum(entropies.detach(), x.response_mask[rows]),
-            log_ratio=masked_sum((logprobs.detach() - x.old_logprobs[rows]).abs(), x.response_mask[rows]),
-        )
+        totals.add(entropy=masked_sum(entropies.detach(), x.response_mask[rows]))
+        if not self.learns_once:  # else there is nothing to compare
+            gaps = (logprobs.detach() - x.old_logprobs[rows]).abs()
+            totals.add(log_ratio=masked_sum(gaps, x.response_mask[rows]))
         policy = self._surrogate(logprobs, entropies, rows, batch, counts, totals)
         totals.add(loss=policy)
         return loss + policy

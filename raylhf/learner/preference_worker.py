@@ -22,6 +22,7 @@ from raylhf.learner.preference_examples import PreferenceExample, assemble, enco
 from raylhf.learner.preference_metrics import declare, preference_metrics
 from raylhf.learner.preference_update import Columns, PreferenceUpdate
 from raylhf.learner.reward_batch import deal, draw
+from raylhf.learner.reward_scorer import CACHE_LIMIT_BYTES
 from raylhf.learner.reward_worker import require_same_data
 from raylhf.learner.schedule import lr_scale
 from raylhf.learner.totals import Totals
@@ -29,6 +30,9 @@ from raylhf.learner.weight_source import PolicyWeights
 from raylhf.models.load import load_tokenizer
 from raylhf.text.judgements import examples_digest, load_split
 from raylhf.text.preference_data import newest_time, usable_parts
+
+MOST_COLUMNS = 4
+"""Numbers of a response token by models that are not trained: reference, guide, and T-REG's two."""
 
 
 class PreferenceLearnerWorker:
@@ -79,6 +83,7 @@ class PreferenceLearnerWorker:
             moves_reference=comparing is not None and comparing.reference.every_steps > 0,
             has_guide=isinstance(loss, TGDPOLoss),
             second_folder=self._guide_folder,
+            longest=config.data.max_tokens,
         )
         self._update = PreferenceUpdate(
             loss,
@@ -192,8 +197,9 @@ class PreferenceLearnerWorker:
         """Whether examples come again and the models that they are compared with stay as they are."""
         objective = self._config.objective
         is_fixed = isinstance(objective, PreferenceConfig) and objective.reference.every_steps == 0
+        num_bytes = 4 * MOST_COLUMNS * sum(len(row.response_ids) for e in self._train for row in e.rows)
         num_drawn = self._config.total_steps(len(self._train)) * objective.batch_size
-        return is_fixed and num_drawn > len(self._train) + objective.batch_size
+        return is_fixed and num_bytes <= CACHE_LIMIT_BYTES and num_drawn > len(self._train) + objective.batch_size
 
     def _share(self, examples: list[PreferenceExample]) -> PreferenceBatch:
         """This rank's part of some examples; a rank without one gets an example that does not count."""

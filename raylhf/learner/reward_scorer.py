@@ -16,7 +16,7 @@ from raylhf.models.packing import PackedLine
 from raylhf.models.reward_model import RewardModel
 
 CACHE_LIMIT_BYTES = 4 * 2**30
-"""Host memory of one rank above which frozen layers are computed again at each forward pass."""
+"""Host memory of one rank above which what frozen layers or models make of the data is computed again each time."""
 
 
 def layout_of_rows(config: RewardModelRunConfig, model: RewardModel) -> Layout:
@@ -49,13 +49,13 @@ class RowScorer:
 
     @torch.no_grad()
     def packing_error(self, rows: Sequence[Row]) -> float:
-        """The most that packing changes a score of `rows` (collective)."""
+        """The most that packing changes a score of `rows`, as a share of the largest (collective)."""
         lengths = torch.tensor([len(row.ids) for row in rows], device=self._device)
         found, expected = self._packed(rows, None), self._apart(rows, None)
-        gaps = (found - expected).abs()
         if self._engine.module.is_token_level:
-            gaps = gaps * (torch.arange(gaps.shape[1], device=self._device) < lengths[:, None])
-        return gaps.max().item()
+            is_token = torch.arange(found.shape[1], device=self._device) < lengths[:, None]
+            found, expected = (torch.where(is_token, scores, 0.0) for scores in (found, expected))
+        return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
 
     def _apart(self, rows: Sequence[Row], member: int | None) -> Tensor:
         tokens, lengths = pad_rows_of_tokens(rows, self._device)

@@ -47,7 +47,7 @@ from raylhf.learner.reward_terms import loss_sum, num_units, require_units, resp
 from raylhf.learner.reward_update import RewardUpdate
 from raylhf.models.calibration import Calibration, template_hash, tokenizer_hash
 from raylhf.models.load import load_model_config, load_tokenizer
-from raylhf.models.packing import SEGMENT_ATTENTION, require_packable
+from raylhf.models.packing import require_packable, use_segments
 from raylhf.models.reward import build_reward_model, export_reward_model
 from raylhf.models.reward_model import Aggregate
 from raylhf.text.judgements import examples_digest, load_split
@@ -101,7 +101,8 @@ class RewardLearnerWorker:
             zero_stage=learner.zero_stage,
         )
         if self._score.layout.is_packed:
-            require_packing(self._score.packing_error(encoded[0].rows), config.model.dtype)
+            rows = [row for example in encoded[:2] for row in example.rows[:2]]
+            require_packing(self._score.packing_error(rows), config.model.dtype)
         num_steps = config.total_steps(len(self._train))
         self._updates = RewardUpdate(
             config,
@@ -301,7 +302,7 @@ def build_reward_engine(config: RewardModelRunConfig, folder: str, device: torch
     if (layout := layout_of_rows(config, model)).is_packed:
         require_packable(architecture)
     if layout.knows_segments:
-        model.hf.set_attn_implementation(SEGMENT_ATTENTION)
+        use_segments(model.hf)
     model.train()  # dropout is off by construction; gradient checkpointing works in this mode only
     if learner.gradient_checkpointing:
         enable_checkpointing(model.hf)

@@ -68,6 +68,7 @@ class LearnerWorker:
             moves_reference=isinstance(objective, OnlineDPOConfig) and objective.reference.every_steps > 0,
             has_guide=has_guide,
             second_folder=self._second_folder,
+            longest=config.max_model_len,
         )
         if isinstance(objective, OnlineDPOConfig):
             self._objective = OnlineDPOObjective(objective, config, self._models, rank=self._rank, device=self._device)

@@ -166,8 +166,9 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 -- nn.Module's types know no floats
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and (name == "layerdrop" or name.endswith("dropout")):
+                setattr(module, name, 0.0)
     return model
 
 

@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENT_ATTENTION = "raylhf_segments"
 """Name of the attention below among those of Transformers; it is `sdpa` where a batch is not packed."""
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_CHANGES_SCORES = ("s_aux", "position_bias", "softcap")
+"""What some models give their attention beside queries, keys and values, and the one below does not know."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,33 @@ def trunk_states(trunk: Any, position_ids: Tensor | None, segments: Segments | N
         return trunk(use_cache=False, segments=segments, **inputs, **packed).last_hidden_state
 
 
+def use_segments(model: PreTrainedModel) -> None:
+    """Have a model that was loaded with sdpa (which Transformers refuses where it would be wrong) attend by segments.
+
+    Raises:
+        ValueError: its attention cannot be exchanged.
+    """
+    try:
+        model.set_attn_implementation(SEGMENT_ATTENTION)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(not_packable(model.config, f"has an attention that cannot be exchanged ({error})")) from error
+
+
+def not_packable(config: Any, finding: str) -> str:
+    """A sentence with the remedy."""
+    return f"learner.packing: the model {config.model_type!r} {finding}; set learner.packing: false"
+
+
+def sliding_window(config: Any) -> int | None:
+    """How many tokens back the layers look that do not look at all; None where all do."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
 def require_packable(config: Any) -> None:
     """Raises: ValueError: some layers attend in a way that segments do not know (chunked or linear attention)."""
     if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS):
         raise ValueError(
-            f"learner.packing: the model {config.model_type!r} has layers of {', '.join(unknown)}, which raylhf cannot "
-            "keep apart on a packed line; set learner.packing: false"
+            not_packable(config, f"has layers of {', '.join(unknown)}, which raylhf cannot keep apart on a packed line")
         )
 
 
@@ -129,6 +152,8 @@ def segment_attention(
     With `segments`, B is 1. On a GPU in half precision this is one call of PyTorch's variable-length flash attention,
     elsewhere one `scaled_dot_product_attention` for each segment.
     """
+    if changes := sorted(name for name in _CHANGES_SCORES if settings.get(name) is not None):
+        raise ValueError(not_packable(module.config, f"changes its attention's scores by {', '.join(changes)}"))
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     attend = _varlen if query.is_cuda and query.dtype != torch.float32 else _one_by_one

@@ -21,7 +21,7 @@ def is_adapter_stream(names: Sequence[str]) -> bool:
 def with_adapters(
     frozen: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], *, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every frozen weight in `dtype`, with its adapter's update where it has one.
+    """Every frozen weight; those that have an adapter in `dtype`, with its update.
 
     Raises:
         ValueError: an adapter has no weight that it belongs to.

@@ -292,7 +292,7 @@ def test_one_step_to_a_batch_finds_the_old_log_probabilities_itself(folder, tmp_
                 assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
 
 
-def one_update(learner, rank):
+def weights_after_one_update(learner, rank):
     """Weights after one update."""
     learner.update(*share_of(rank, 1))
     return weights_of(learner)
@@ -300,7 +300,9 @@ def one_update(learner, rank):
 
 def test_in_half_precision_the_first_update_is_adams_first_step_with_and_without_partitions(folder):
     whole, partitioned = (
-        run_ranks(one_update, make_config(folder, model={"dtype": "bfloat16"}, learner={"zero_stage": stage}))[0]
+        run_ranks(
+            weights_after_one_update, make_config(folder, model={"dtype": "bfloat16"}, learner={"zero_stage": stage})
+        )[0]
         for stage in (0, 1)
     )
     # A step that is counted twice is a third shorter; the learning rate is 1e-2, and what is left is rounding.

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preference_stand_ins import RESPONSES, make_preference_config
 from reward_stand_ins import on_ranks, write_rows
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, MistralConfig, OPTConfig, Qwen3Config
 
 from raylhf.learner.microbatch import Layout, cut_further, make_micro_batch, plan_micro_batches, sizes_of
-from raylhf.models.packing import SEGMENT_ATTENTION, require_packable
+from raylhf.models import packing
+from raylhf.models.load import load_causal_lm
+from raylhf.models.packing import SEGMENT_ATTENTION, require_packable, segment_attention
 from raylhf.models.policy import PolicyModel, load_critic, load_policy
-from raylhf.models.tiny import write_tiny_model
+from raylhf.models.tiny import byte_tokenizer, write_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -82,8 +84,8 @@ def folder(tmp_path_factory) -> str:
     return write_tiny_model(tmp_path_factory.mktemp("packing") / "tiny")
 
 
-def write_windowed(folder: Any) -> str:
-    """A model whose tokens see but the last four."""
+def write_windowed(folder: Any, *, sliding_window: int = 4) -> str:
+    """A model whose tokens see but the last few."""
     config = MistralConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -92,11 +94,9 @@ def write_windowed(folder: Any) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        sliding_window=4,
+        sliding_window=sliding_window,
     )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return str(folder)
+    return write_loaded(folder, config)
 
 
 LOADING = {"dtype": torch.float32, "trust_remote_code": False}
@@ -142,6 +142,36 @@ def test_layers_that_segments_do_not_know_are_refused():
         require_packable(config)
 
 
+def write_loaded(folder: Any, config: Any) -> str:
+    """A model of this shape with a tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_dropout_is_off_wherever_a_layer_keeps_it(tmp_path):
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 259,
+    }
+    folder = write_loaded(tmp_path, OPTConfig(word_embed_proj_dim=32, dropout=0.5, layerdrop=0.2, **shape))
+    model = load_causal_lm(folder, dtype=torch.float32, attention="sdpa", trust_remote_code=False).train()
+    tokens = torch.arange(5, 25)[None]
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_attention_that_changes_its_scores_otherwise_is_refused():
+    module: Any = torch.nn.Module()
+    module.config = Qwen3Config()
+    states = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"'qwen3' changes its attention's scores by s_aux.*learner.packing: false"):
+        segment_attention(module, states, states, states, None, s_aux=torch.zeros(2))
+
+
 def across_rows(
     self: PolicyModel, tokens: Any, lines: Any, positions: Any, position_ids: Any = None, segments: Any = None
 ) -> torch.Tensor:
@@ -159,9 +189,32 @@ def refusal(ranks, config):
     return ""
 
 
-def test_a_model_whose_rows_see_each_other_is_refused(folder, tmp_path):
+def sft_config(folder: str, tmp_path: Any, **data: Any) -> Any:
     path = write_rows(tmp_path / "responses.jsonl", list(RESPONSES))
-    config = make_preference_config(folder, path, data={"kind": "responses"}, objective={"kind": "sft"})
-    (said,) = on_ranks(refusal, 1, config)
+    return make_preference_config(folder, path, data={"kind": "responses", **data}, objective={"kind": "sft"})
+
+
+def test_a_model_whose_rows_see_each_other_is_refused(folder, tmp_path):
+    (said,) = on_ranks(refusal, 1, sft_config(folder, tmp_path))
     assert said.startswith("learner.packing: sequences that share a line")
     assert said.endswith("set learner.packing: false")
+
+
+def refusal_without_windows(ranks, config):
+    """What starting the learner says where the attention is not told how far back its layers look."""
+    packing.AttentionInterface.register(
+        SEGMENT_ATTENTION, lambda *args, sliding_window=None, **kwargs: segment_attention(*args, **kwargs)
+    )
+    try:
+        ranks.start(config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("max_tokens", "is_refused"), [(64, True), (8, False)])
+def test_a_window_that_packing_would_lose_is_found_where_rows_are_longer(tmp_path, max_tokens, is_refused):
+    folder = write_windowed(tmp_path / "windowed", sliding_window=16)
+    (said,) = on_ranks(refusal_without_windows, 1, sft_config(folder, tmp_path, max_tokens=max_tokens))
+    assert said.startswith("learner.packing: sequences that share a line") is is_refused
+    assert bool(said) is is_refused
