@@ -129,11 +129,11 @@ def plan_micro_batches(sizes: RowSizes, rows: Sequence[int], layout: Layout) -> 
     together, so that little is padded.
     """
     if not layout.is_packed:
-        return _filled(sizes, sorted(rows, key=lambda row: (sizes.total[row], row)), layout)
+        return in_order(sizes, sorted(rows, key=lambda row: (sizes.total[row], row)), layout)
     groups: dict[int, list[int]] = {}
     for row in rows:
         groups.setdefault(sizes.prompt_number[row] if layout.shares_prompts else row, []).append(row)
-    units = [unit for group in groups.values() for unit in _filled(sizes, group, layout)]
+    units = [unit for group in groups.values() for unit in in_order(sizes, group, layout)]
     units.sort(key=lambda unit: (-layout.num_positions(sizes, unit), unit[0]))
     parts: list[list[int]] = []
     loads: list[int] = []
@@ -148,7 +148,7 @@ def plan_micro_batches(sizes: RowSizes, rows: Sequence[int], layout: Layout) -> 
     return parts
 
 
-def _filled(sizes: RowSizes, rows: Sequence[int], layout: Layout) -> list[list[int]]:
+def in_order(sizes: RowSizes, rows: Sequence[int], layout: Layout) -> list[list[int]]:
     """`rows` in their order, as many together as fit."""
     parts: list[list[int]] = []
     for row in rows:

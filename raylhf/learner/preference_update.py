@@ -5,7 +5,7 @@ then every micro-batch stands for itself. Ranks with fewer micro-batches than ot
 nothing, so that all take part in equally many collectives.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from raylhf.config.algorithms import LOSSES, Need
 from raylhf.config.preference import SFTConfig
 from raylhf.config.preference_losses import PreferenceLoss, TGDPOLoss, WDPOLoss
 from raylhf.learner.engine import optimizer_step
-from raylhf.learner.microbatch import MicroBatch, make_micro_batch
+from raylhf.learner.microbatch import MicroBatch, in_order, make_micro_batch
 from raylhf.learner.models import LearnerModels
 from raylhf.learner.preference_batch import (
     Fits,
@@ -64,17 +64,28 @@ class PreferenceUpdate:
     # --- before the step --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def columns(self, batch: PreferenceBatch, known: Columns | None = None, *, with_policy: bool = False) -> Columns:
-        """What the loss compares with, on all rows; `known` is not computed again, `with_policy` asks for `old`."""
+    def columns(
+        self,
+        batch: PreferenceBatch,
+        known: Columns | None = None,
+        *,
+        with_policy: bool = False,
+        one_by_one: bool = False,
+    ) -> Columns:
+        """What the loss compares with, on all rows; `known` is not computed again, `with_policy` asks for `old`.
+
+        `one_by_one`: what models that are not trained say of a group does not depend, to the last bit, on the others.
+        """
         models, columns = self._models, dict(known or {})
+        frozen = partial(self.all_rows, one_by_one=one_by_one)
         wanted: dict[str, Callable[[], Tensor]] = {}
         if Need.REFERENCE in self.needs:
-            wanted["ref"] = partial(self.all_rows, batch, models.reference_logprobs)
+            wanted["ref"] = partial(frozen, batch, models.reference_logprobs)
         if isinstance(self._loss, TGDPOLoss):
-            wanted["guide"] = partial(self.all_rows, batch, models.guide_logprobs)
+            wanted["guide"] = partial(frozen, batch, models.guide_logprobs)
         for name, prompts in (("better", batch.better_prompt_ids), ("worse", batch.worse_prompt_ids)):
             if prompts is not None:
-                wanted[name] = partial(self.all_rows, batch.with_prompts(prompts), models.reference_logprobs)
+                wanted[name] = partial(frozen, batch.with_prompts(prompts), models.reference_logprobs)
         if with_policy or self.statistics.needs_policy:
             wanted["old"] = partial(self.all_rows, batch, self._policy_logprobs)
         return columns | {name: compute() for name, compute in wanted.items() if name not in columns}
@@ -83,10 +94,17 @@ class PreferenceUpdate:
         return self._models.policy_forward(micro, temperature)[0]
 
     @torch.no_grad()
-    def all_rows(self, batch: PreferenceBatch, forward: Callable[[MicroBatch, float], Tensor]) -> Tensor:
-        """`forward` on every row, [R, width]; 0 after a response's end."""
+    def all_rows(
+        self, batch: PreferenceBatch, forward: Callable[[MicroBatch, float], Tensor], *, one_by_one: bool = False
+    ) -> Tensor:
+        """`forward` on every row, [R, width]; 0 after a response's end. `one_by_one`: a group at a time."""
         table = torch.zeros(len(batch), batch.width, device=self._device)
-        self._fill(table, batch, forward=forward)
+        if one_by_one:
+            sizes, layout = batch.row_sizes, self._models.layout
+            parts = [part for group in batch.groups for part in in_order(sizes, group, layout)]
+        else:
+            parts = [list(part.rows) for part in parts_of_rows(batch, self._fits(batch))]
+        self._fill(table, batch, parts, forward)
         return table
 
     @torch.no_grad()
@@ -94,18 +112,15 @@ class PreferenceUpdate:
         self,
         table: Tensor,
         batch: PreferenceBatch,
-        *,
-        forward: Callable[[MicroBatch, float], Tensor] | None = None,
-        without: Collection[int] = (),
+        parts: Sequence[Sequence[int]],
+        forward: Callable[[MicroBatch, float], Tensor],
     ) -> None:
-        """Put `forward` (None: the policy) of all rows but those `without` into `table` [R, width] (collective)."""
-        parts = [list(part.rows) for part in parts_of_rows(batch, self._fits(batch))]
-        parts = [left for rows in parts if (left := [row for row in rows if row not in without])]
+        """Put `forward` of the rows of `parts` into `table` [R, width] (collective)."""
         for number in range(most_of_ranks(len(parts), self._device)):
             # A rank that is done goes on with its last part, or with a row whose number is known already.
             rows = parts[min(number, len(parts) - 1)] if parts else [0]
             micro = self._micro_batch(batch, rows)
-            found = micro.scatter((forward or self._policy_logprobs)(micro, batch.temperature).float(), batch.width)
+            found = micro.scatter(forward(micro, batch.temperature).float(), batch.width)
             if parts:
                 table[micro.source_rows] = found
 
@@ -149,7 +164,11 @@ class PreferenceUpdate:
         denominator = units.item()
         parts = self._parts(batch) if denominator else []
         if old is not None:
-            self._fill(old, batch, without={row for part in parts for row in part.rows})
+            learnt = {row for part in parts for row in part.rows}
+            others = [
+                [row for row in part.rows if row not in learnt] for part in parts_of_rows(batch, self._fits(batch))
+            ]
+            self._fill(old, batch, [rows for rows in others if rows], self._policy_logprobs)
         if denominator == 0:
             return 0.0
         seen = Observed.nothing(len(batch), batch.width, self._device)

@@ -163,7 +163,8 @@ class PreferenceLearnerWorker:
     def _columns(self, batch: PreferenceBatch, drawn: list[int]) -> Columns:
         """What the loss compares `batch`, this rank's share of the examples `drawn`, with.
 
-        What frozen models say of an example is asked once: later passes over the data find it in host memory.
+        What frozen models say of an example is asked once: later passes over the data find it in host memory. It does
+        not depend on the example's company, so that a resumed run, which has to ask again, gets it to the bit.
         """
         if not self._keeps_columns:
             return self._update.columns(batch)
@@ -175,7 +176,7 @@ class PreferenceLearnerWorker:
                 for name in rows[0]
             }
             return self._update.columns(batch, known)
-        columns = self._update.columns(batch)
+        columns = self._update.columns(batch, one_by_one=True)
         found = {name: table.cpu().numpy() for name, table in columns.items() if name != "old"}
         ends = np.cumsum([len(self._train[i].rows) for i in own])
         lengths = batch.lengths.tolist()

@@ -59,13 +59,17 @@ def test_invalid_scores_and_overlong_prompts_are_counted_and_skipped(raylhf, tmp
     )
     assert run.process.returncode == 0, run.story()
     assert run.left_running() == []
-    assert [row["step"] for row in run.rows()] == list(range(1, NUM_STEPS + 1))
-    for row in run.rows():
+    start, *steps = run.rows()
+    assert start.keys() >= {"time/start_s"}, (
+        "without held-out prompts, there is nothing else to tell before the first step"
+    )
+    assert [row["step"] for row in steps] == list(range(1, NUM_STEPS + 1))
+    for row in steps:
         assert row["reward/invalid_count"] == row["data/dropped_responses_count"] == NUM_INVALID
         assert row["data/dropped_overlong_count"] == 1
         assert 0 < row["reward/score_mean"] <= 1
         assert row["mismatch/abs_dlogprob_mean"] < 1e-3
-    assert run.rows()[-1]["policy/kl_to_ref"] > 0
+    assert steps[-1]["policy/kl_to_ref"] > 0
     scores = [row["score"] for row in run.rows("samples.jsonl")]
     assert scores.count(None) == NUM_STEPS * (MOODS.count("raise") + MOODS.count("nan"))
     assert 0.0 not in scores, "an invalid score must not look like a bad answer"

@@ -285,7 +285,8 @@ def test_one_step_to_a_batch_finds_the_old_log_probabilities_itself(folder, tmp_
         update_twice_without_and_with_a_pass, config, str(tmp_path)
     ):
         assert_same_weights(weights, expected_weights, 1e-7)
-        assert found.keys() == expected.keys()
+        # With nothing to compare, nothing is told.
+        assert found.keys() == expected.keys() - {"policy/first_ratio_error"}
         assert abs(expected["policy/kl_to_ref"]) > 1e-3  # in the second update
         for key in found.keys() - {"memory/learner_peak_gib"}:
             if not key.endswith("_s"):

@@ -67,7 +67,7 @@ def test_a_micro_batch_holds_whole_examples_and_at_most_its_tokens(is_packed, ma
 def test_rows_are_packed_by_length():
     rows = [row for encoded in (example_of(0, [9, 3]), example_of(1, [4])) for row in encoded.rows]
     assert pack_rows(rows, Layout(12, is_packed=False)) == [[1, 2], [0]]
-    assert pack_rows(rows, Layout(9)) == [[0], [2, 1]]
+    assert pack_rows(rows, Layout(9)) == [[0], [1, 2]]
     assert pack_rows([], Layout(9)) == []
 
 
