@@ -25,7 +25,7 @@ class LearnerConfig(Settings):
     num_ranks: int = Field(default=1, ge=1)
     """Data-parallel ranks; each is one Ray actor."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage; one rank has nothing to partition, and is fastest with 0."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory (GPU only)."""
     offload_params: bool = False
