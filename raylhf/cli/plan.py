@@ -40,7 +40,11 @@ def run_plan(
     """
     config = _load(path, [*overrides, *_cluster(path, overrides, gpus, gpu_memory)])
     found = DEVICES[device] if device else device_of(config)
-    if measure and config.learner.num_gpus == 0:
+    if measure:
+        if config.learner.num_gpus or device:
+            raise ConfigError(
+                ["--measure times this machine's CPU; leave it out with --device or with a learner on GPUs"]
+            )
         found = measure_cpu()
     plan = resolve_plan(config, found)
     if not plan.memory:

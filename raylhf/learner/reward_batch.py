@@ -34,7 +34,7 @@ class Row:
     is_response_cut: bool
     """Whether the response itself lost tokens."""
     num_shared: int = 0
-    """Tokens at the beginning that all rows of the example share; no row is without others."""
+    """Tokens at the beginning that all rows of the example share; each has at least one more of its own."""
 
     @cached_property
     def key(self) -> bytes:

@@ -85,3 +85,9 @@ def test_another_device_has_another_time(capsys):
         return float(line.split()[2].replace(",", ""))
 
     assert seconds_of("--device", "a100") == pytest.approx(seconds_of() * 989 / 312, rel=0.01)
+
+
+def test_a_cpu_is_not_measured_for_a_plan_that_is_about_gpus(capsys):
+    assert main(["plan", SMALL, "--measure"]) == 2
+    assert "--measure times this machine's CPU" in capsys.readouterr().err
+    assert main(["plan", SFT, "--measure", "--device", "h100"]) == 2
