@@ -1,9 +1,11 @@
 import contextlib
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,8 +60,11 @@ def test_the_doctor_comes_before_the_training_unless_it_is_switched_off(
 
 
 STAND_INS = {
-    "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
-    "scontrol": 'case $1 in show) echo localhost ;; requeue) echo "requeue $2" >>"$CALLS"; kill "$PPID" ;; esac',
+    "srun": 'while [[ $1 == --* ]]; do [ "$1" != --nodelist=lost ] || exit 1; shift; done\nexec "$@"',
+    "scontrol": (
+        'case $1 in show) printf "%s\\n" ${NODES:-localhost} ;; '
+        'requeue) echo "requeue $2" >>"$CALLS"; kill "$PPID" ;; esac'
+    ),
     "apptainer": 'echo "$@" >>"$CALLS.image"\nshift 2\nexec "$@"',
     "hostname": 'if [ "${1:-}" = -I ]; then echo 127.0.0.1; else echo localhost; fi',
     "raylhf": (
@@ -82,8 +87,9 @@ def job_with_free_port() -> int:
     raise AssertionError("none of 79 ports is free")
 
 
-def started_job(folder: Path, variables: dict[str, str]) -> "subprocess.Popen[bytes]":
-    """The batch script among stand-ins, which note their calls in `calls`; its output goes to `out`."""
+@contextlib.contextmanager
+def started_job(folder: Path, variables: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """The batch script among stand-ins, which note their calls in `calls`; its output goes to `out`; all of it ends."""
     for name, text in STAND_INS.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / name).chmod(0o755)
@@ -92,7 +98,13 @@ def started_job(folder: Path, variables: dict[str, str]) -> "subprocess.Popen[by
     settings |= {"SLURM_JOB_ID": str(job_with_free_port())}
     command = ["bash", str(SCRIPTS / "slurm.sbatch"), "config.yaml"]
     with (folder / "out").open("w") as out:
-        return subprocess.Popen(command, env=settings | variables, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=settings | variables, stdout=out, stderr=out, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +119,8 @@ def started_job(folder: Path, variables: dict[str, str]) -> "subprocess.Popen[by
 def test_the_job_trains_only_where_the_doctor_finds_nothing(
     tmp_path: Path, variables: dict[str, str], is_signalled: bool, calls: list[str], sentence: str
 ) -> None:
-    process, file = started_job(tmp_path, variables), tmp_path / "calls"
-    try:
+    file = tmp_path / "calls"
+    with started_job(tmp_path, variables) as process:
         deadline = time.monotonic() + 60
         while is_signalled and not Path(f"{file}.hangs").exists():
             assert time.monotonic() < deadline, (tmp_path / "out").read_text()
@@ -116,20 +128,26 @@ def test_the_job_trains_only_where_the_doctor_finds_nothing(
         if is_signalled:
             process.send_signal(signal.SIGUSR1)
         code = process.wait(timeout=60)
-    finally:
-        process.kill()
     output = (tmp_path / "out").read_text()
     assert sentence in output
     assert [line.split()[0] for line in file.read_text().splitlines()] == calls, output
     assert (code == 0) == (calls[-1] == "train")
 
 
+def test_a_node_that_slurm_has_taken_from_the_job_is_had_again_by_queueing(tmp_path: Path) -> None:
+    file = tmp_path / "calls"
+    with started_job(tmp_path, {"HANG": "1", "NODES": "localhost lost"}):
+        deadline = time.monotonic() + 60
+        while not file.exists() or "requeue" not in file.read_text():
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+    [log] = tmp_path.glob("ray-workers-*.log")
+    assert "Slurm starts nothing on lost any more" in log.read_text()
+
+
 def test_every_step_of_a_job_runs_in_its_image(tmp_path: Path) -> None:
-    process = started_job(tmp_path, {"DOCTOR": "0", "RAYLHF_WRAPPER": "apptainer exec raylhf.sif"})
-    try:
+    with started_job(tmp_path, {"DOCTOR": "0", "RAYLHF_WRAPPER": "apptainer exec raylhf.sif"}) as process:
         assert process.wait(timeout=60) == 0, (tmp_path / "out").read_text()
-    finally:
-        process.kill()
     in_image = [line.split() for line in (tmp_path / "calls.image").read_text().splitlines()]
     assert [words[:2] for words in in_image] == [["exec", "raylhf.sif"]] * 3
     assert [words[3 if words[2] == "raylhf" else 2] for words in in_image] == ["bash", "doctor", "train"]
