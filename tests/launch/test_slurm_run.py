@@ -76,9 +76,9 @@ def until_queued_again(lab: SlurmLab, job: str, num_restarts: int) -> None:
     )
 
 
-def start_now(lab: SlurmLab, job: str) -> None:
+def start_now(lab: SlurmLab, job: str, when: str = "now") -> None:
     """Slurm waits two minutes before it starts a job again; not here."""
-    lab.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
+    lab.run(["scontrol", "update", f"JobId={job}", f"StartTime={when}"])
 
 
 def started_now(lab: SlurmLab, job: str) -> bool:
