@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from raylhf.config.devices import cpu_has_bfloat16
 from raylhf.config.model import ModelConfig
 from raylhf.config.objective_checks import check_objective
 from raylhf.config.placement import EPSILON, place_config, roles_of
@@ -79,10 +80,11 @@ def check_devices(config: AnyRunConfig) -> Iterator[Problem]:
         return
     remedy = "set learner.num_gpus (and cluster.gpus_per_node)"
     default = ModelConfig(path="").attention
-    if model.dtype == "bfloat16":
+    if model.dtype == "bfloat16" and config.cluster.address is None and not cpu_has_bfloat16():
         yield problem_at(
             "model.dtype",
-            f"is bfloat16, but learner.num_gpus is 0 and CPUs are many times slower in it; use float32, or {remedy}",
+            "is bfloat16, but learner.num_gpus is 0 and this machine's CPU has no instructions for it (amx_bf16, "
+            f"avx512_bf16), so that it would be many times slower; use float32, or {remedy}",
         )
     if model.attention == "flash_attention_2":
         yield problem_at("model.attention", f"is flash_attention_2, which needs a GPU; use {default}, or {remedy}")

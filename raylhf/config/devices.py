@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -65,6 +66,15 @@ DEVICES = {
 """By the name that `raylhf plan --device` takes."""
 NAME_OF_GPU = "h100"
 """What a GPU is taken for where nothing is said."""
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for products in bfloat16 (Intel's since 2020, AMD's since 2022)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def measure_cpu() -> Device:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from raylhf.config.architecture import Architecture
 from raylhf.config.devices import Device
+from raylhf.config.learner_memory import trained_parameters
 from raylhf.config.memory import BYTES, kv_bytes_per_token, reward_models_of
 from raylhf.config.placement import Placement
 from raylhf.config.reward_model import RewardModelConfig
@@ -173,7 +174,7 @@ def _communication_bytes(config: AnyRunConfig, models: Models, each: Pass) -> fl
     width, ranks, stage = BYTES[config.model.dtype], learner.num_ranks, learner.zero_stage
     passes = passes_per_step(config, tokens_of(config, each.rows))
     ring = width * (ranks - 1) / ranks
-    trained = shape.lora_parameters(learner.lora.rank) if learner.lora else shape.parameters
+    trained = trained_parameters(config, shape, shape.parameters)
     gathers = passes * (1 + each.is_training) if stage == 3 else 0  # recomputed layers stay for their backward pass
     if not each.is_training:
         return ring * shape.parameters * gathers
@@ -194,8 +195,10 @@ def _link(config: AnyRunConfig, device: Device, placement: Placement) -> float:
 
 
 def _sync(config: RunConfig, policy: Architecture, device: Device) -> Part:
-    """One broadcast of the policy's weights. Inside of a GPU they are copied, read and written."""
-    size = BYTES[config.model.dtype] * policy.parameters
+    """One broadcast of the policy's weights, over gloo of the adapters alone. Inside of a GPU they are copied, read and
+    written."""
+    is_merged = config.learner.lora is None or config.weight_transfer != "gloo"
+    size = BYTES[config.model.dtype] * (policy.parameters if is_merged else trained_parameters(config, policy, 0))
     if config.weight_transfer == "ipc":
         return Part("weight sync", 2 * size / (device.memory_bytes * device.read_share), "links")
     rate = device.link_bytes if config.cluster.num_nodes == 1 else device.network_bytes

@@ -14,7 +14,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore::FutureWarning",
     # Threads that spin while they wait stall each other where cores are shared, as on a laptop: ten times slower, seen.
+    # Some ten microseconds of it reach from one operation to the next, and are less than falling asleep costs.
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "10000",
     # Bytes. Ray sends results below 100 kB to whoever called, that is the driver: it is to get summaries, no responses.
     "RAY_max_direct_call_object_size": "500",
 }

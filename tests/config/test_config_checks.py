@@ -2,6 +2,7 @@
 
 import pytest
 
+from raylhf.config import checks
 from raylhf.config.checks import check_config
 
 GPU = {
@@ -72,7 +73,6 @@ REFUSED = [
     ({"objective.critic.warmup_steps": 5}, "objective.critic.warmup_steps: is 5, but the run has num_steps = 5"),
     ({"learner.num_ranks": 3, "cluster.cpus_per_node": 8}, "is 8, not a multiple of learner.num_ranks = 3"),
     ({"objective.num_minibatches": 3}, "which does not divide the 8 responses of a rank"),
-    ({"model.dtype": "bfloat16"}, "model.dtype: is bfloat16, but learner.num_gpus is 0"),
     (GPU | {"model.attention": "flash_attention_2"}, "has no float32"),
     ({"model.attention": "flash_attention_2", "model.dtype": "bfloat16"}, "needs a GPU"),
     ({"learner.offload_optimizer": True}, "learner.offload_optimizer: is true, but the learner is on the CPU"),
@@ -181,3 +181,12 @@ def test_a_cut_response_is_not_both_bootstrapped_and_punished(build):
     (problem,) = check_config(build({"objective.bootstrap_truncated": True}))
     assert "missing_eos_penalty = 1" in problem
     assert check_config(build({"objective.bootstrap_truncated": True, "reward.missing_eos_penalty": 0})) == []
+
+
+def test_bfloat16_on_a_cpu_needs_instructions_for_it(build, monkeypatch):
+    monkeypatch.setattr(checks, "cpu_has_bfloat16", lambda: False)
+    (problem,) = check_config(build({"model.dtype": "bfloat16"}))
+    assert problem.startswith("model.dtype: is bfloat16, but learner.num_gpus is 0 and this machine's CPU has no")
+    assert check_config(build({"model.dtype": "bfloat16", "cluster.address": "head:6379"})) == []  # other machines
+    monkeypatch.setattr(checks, "cpu_has_bfloat16", lambda: True)
+    assert check_config(build({"model.dtype": "bfloat16"})) == []

