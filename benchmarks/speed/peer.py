@@ -38,7 +38,8 @@ def run(
     """Train; the steps as rows with seconds, tokens and parts, the first left out as on raylhf's side."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = workload.as_json() | {"model": model, "data": str(data), "steps": steps, "folder": str(folder)}
-    spec |= {"output": str(folder / "steps.json"), "micro": MICRO[workload.method], **changes}
+    spec |= {"output": str(folder / "steps.json"), "micro": MICRO[workload.method]}
+    spec |= {"bf16": workload.dtype == "bfloat16", **changes}
     (folder / "spec.json").write_text(json.dumps(spec))
     (folder / "steps.json").unlink(missing_ok=True)
     neighbours = Neighbours()

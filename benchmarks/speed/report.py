@@ -39,7 +39,7 @@ def end_to_end(found: dict[str, Any], _: str) -> list[str]:
                 rates["trl"],
                 f"**{entry['ratio']:.2f}**",
                 each,
-                f">= {TARGETS[name.removesuffix('_mixed')]}",
+                f">= {TARGETS[name.removesuffix('_bf16').removesuffix('_mixed')]}",
             )
         )
     head = ("method", "raylhf, tokens/s", "TRL, tokens/s", "ratio", "of each pair of runs", "target")

@@ -27,6 +27,8 @@ import plots
 import report
 import workload as work
 
+from raylhf.config.devices import cpu_has_bfloat16
+
 RESULTS = HERE / "results.json"
 PARTS = [*work.WORKLOADS, "efficiency", "overlap", "padding", "growth", "sync", "startup", "gpu"]
 Turn = Callable[[], AbstractContextManager[Any]]
@@ -42,7 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     turn: Turn = partial(locked, arguments.lock) if arguments.lock else nullcontext
     for name in arguments.only:
-        if name in work.WORKLOADS:
+        if name.endswith("_bf16") and not cpu_has_bfloat16():
+            print(f"{name}: this CPU has no instructions for bfloat16")
+        elif name in work.WORKLOADS:
             against_trl(name, arguments, turn)
         elif (found := measured(name, arguments, turn)) is not None:
             keep(found, name)

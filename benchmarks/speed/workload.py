@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class Workload:
     max_tokens: int = 512
     """Longest row of a pair."""
     threads: int = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In bfloat16 the optimizer still has float32 weights, on both sides."""
     lr: float = 1e-6
     beta: float = 0.1
     """Weight of the KL to the reference: DPO's beta, GRPO's and RLOO's KL coefficient."""
@@ -76,6 +78,8 @@ WORKLOADS: dict[str, Workload] = {
     "dpo": Workload("dpo", sequences=16),
     "reward_model": Workload("reward_model", sequences=16, lr=1e-5),
 }
+WORKLOADS |= {f"{name}_bf16": replace(workload, dtype="bfloat16") for name, workload in WORKLOADS.items()}
+"""Those in bfloat16 are for CPUs that have instructions for it."""
 
 
 def write_data(workload: Workload, folder: Path, *, steps: int) -> Path:

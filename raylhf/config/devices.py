@@ -69,7 +69,7 @@ NAME_OF_GPU = "h100"
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions for products in bfloat16 (Intel's since 2020, AMD's since 2022)."""
+    """Whether this machine's CPU has instructions for products in bfloat16 (x86 and ARM)."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

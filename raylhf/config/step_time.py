@@ -172,16 +172,18 @@ def _communication_bytes(config: AnyRunConfig, models: Models, each: Pass) -> fl
     """
     learner, shape = config.learner, models.of(each.model)
     width, ranks, stage = BYTES[config.model.dtype], learner.num_ranks, learner.zero_stage
+    has_logits = each.model != "critic" and not isinstance(config.objective, RewardModelConfig)
+    parameters = shape.parameters if has_logits else shape.trunk_parameters + shape.hidden
     passes = passes_per_step(config, tokens_of(config, each.rows))
     ring = width * (ranks - 1) / ranks
-    trained = trained_parameters(config, shape, shape.parameters)
+    trained = trained_parameters(config, shape, parameters)
     gathers = passes * (1 + each.is_training) if stage == 3 else 0  # recomputed layers stay for their backward pass
     if not each.is_training:
-        return ring * shape.parameters * gathers
+        return ring * parameters * gathers
     steps = optimizer_steps_of(config)
     reduced = {0: 2 * steps, 1: 2 * steps, 2: 2 * passes, 3: passes}[stage]
     updated = steps if stage in (1, 2) else 0
-    return ring * (shape.parameters * gathers + trained * (reduced + updated))
+    return ring * (parameters * gathers + trained * (reduced + updated))
 
 
 def _link(config: AnyRunConfig, device: Device, placement: Placement) -> float:
@@ -195,14 +197,17 @@ def _link(config: AnyRunConfig, device: Device, placement: Placement) -> float:
 
 
 def _sync(config: RunConfig, policy: Architecture, device: Device) -> Part:
-    """One broadcast of the policy's weights, over gloo of the adapters alone. Inside of a GPU they are copied, read and
-    written."""
-    is_merged = config.learner.lora is None or config.weight_transfer != "gloo"
-    size = BYTES[config.model.dtype] * (policy.parameters if is_merged else trained_parameters(config, policy, 0))
+    """One broadcast of the policy's weights. Inside of a GPU they are copied, read and written; so they are by an
+    engine that gets adapters alone (over gloo), and puts them into the weights of its folder."""
+    size = BYTES[config.model.dtype] * policy.parameters
     if config.weight_transfer == "ipc":
         return Part("weight sync", 2 * size / (device.memory_bytes * device.read_share), "links")
     rate = device.link_bytes if config.cluster.num_nodes == 1 else device.network_bytes
-    return Part("weight sync", size / (rate * device.send_share), "links")
+    if config.learner.lora is None or config.weight_transfer != "gloo":
+        return Part("weight sync", size / (rate * device.send_share), "links")
+    adapters = BYTES[config.model.dtype] * trained_parameters(config, policy, 0)
+    merging = 2 * size / (device.memory_bytes * device.read_share)
+    return Part("weight sync", adapters / (rate * device.send_share) + merging, "links")
 
 
 def _flops(config: AnyRunConfig, device: Device) -> float:

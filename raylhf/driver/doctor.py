@@ -151,6 +151,16 @@ def judge_open_files(facts: Mapping[str, NodeFacts]) -> list[Finding]:
     return or_ok("open files", problems, f"at least {least} a process" if least < 2**62 else "no limit")
 
 
+def judge_arithmetic(facts: Mapping[str, NodeFacts]) -> list[Finding]:
+    """Whether CPUs that compute in bfloat16 have instructions for it."""
+    finding = "its CPU has no instructions for bfloat16 (amx_bf16, avx512_bf16), and is many times slower in it"
+    remedy = "set model.dtype: float32, or use nodes whose CPUs have them"
+    problems = [
+        Finding("arithmetic", "FAIL", finding, node, remedy) for node, fact in facts.items() if not fact.has_bfloat16
+    ]
+    return or_ok("arithmetic", problems, "every CPU has instructions for bfloat16")
+
+
 def judge_tmp(facts: Mapping[str, NodeFacts]) -> list[Finding]:
     """Free space of TEMPORARY_FOLDER, where Ray keeps logs and values that its store has no room for."""
     problems = []

@@ -24,6 +24,7 @@ from raylhf.driver.doctor import (
     ClockReading,
     DiskNeed,
     Finding,
+    judge_arithmetic,
     judge_clocks,
     judge_collective,
     judge_disk,
@@ -114,6 +115,8 @@ class Examination:
         stores = {node.name: node.resources.get("object_store_memory", 0.0) for node in self._nodes}
         yield from judge_versions(versions(), {node: fact.versions for node, fact in facts.items()})
         yield from judge_memory(facts, host_memory_gib=self._config.cluster.host_memory_gib)
+        if self._config.model.dtype == "bfloat16" and self._config.learner.num_gpus == 0:
+            yield from judge_arithmetic(facts)
         yield from judge_shm(facts, stores, has_gpus=uses_gpus(self._config))
         yield from judge_tmp(facts)
         yield from judge_open_files(facts)

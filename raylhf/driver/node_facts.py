@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import psutil
 
+from raylhf.config.devices import cpu_has_bfloat16
 from raylhf.driver.folder import installed_versions
 from raylhf.driver.manifest import sync
 
@@ -44,6 +45,8 @@ class NodeFacts:
     tmp_free_bytes: int
     open_files: int
     """Soft limit of a worker process."""
+    has_bfloat16: bool
+    """Whether the CPU has instructions for it."""
 
 
 def node_facts() -> NodeFacts:
@@ -60,6 +63,7 @@ def node_facts() -> NodeFacts:
         tmp_bytes=tmp.total,
         tmp_free_bytes=tmp.free,
         open_files=2**63 if soft == resource.RLIM_INFINITY else soft,
+        has_bfloat16=cpu_has_bfloat16(),
     )
 
 

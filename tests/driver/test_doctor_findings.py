@@ -17,6 +17,7 @@ from raylhf.driver.doctor import (
     ClockReading,
     DiskNeed,
     Finding,
+    judge_arithmetic,
     judge_clocks,
     judge_collective,
     judge_disk,
@@ -48,7 +49,12 @@ NEED = DiskNeed(checkpoint=10 * GIB, export=2 * GIB, num_checkpoints=3, num_ther
 
 
 def facts(
-    memory_gib: float = 16, shm_gib: float = 8, tmp_free_gib: float = 50, tmp_gib: float = 100, open_files: int = 65536
+    memory_gib: float = 16,
+    shm_gib: float = 8,
+    tmp_free_gib: float = 50,
+    tmp_gib: float = 100,
+    open_files: int = 65536,
+    has_bfloat16: bool = True,
 ) -> NodeFacts:
     return NodeFacts(
         versions=VERSIONS,
@@ -58,6 +64,7 @@ def facts(
         tmp_bytes=int(tmp_gib * GIB),
         tmp_free_bytes=int(tmp_free_gib * GIB),
         open_files=open_files,
+        has_bfloat16=has_bfloat16,
     )
 
 
@@ -118,6 +125,7 @@ def reading(offset_s: float, round_trip_s: float) -> ClockReading:
         (shm(facts(shm_gib=1)), "FAIL", "n2", "has 1.0 GiB and the object store takes 4.0 GiB", "--shm-size"),
         (shm(facts(shm_gib=4.5), has_gpus=True), "warn", "n2", "leaves little to NCCL", "--shm-size"),
         (judge_open_files(with_n2(facts(open_files=4096))), "warn", "n2", "may open 4096 files", "ulimit -n"),
+        (judge_arithmetic(with_n2(facts(has_bfloat16=False))), "FAIL", "n2", "no instructions for bfloat16", "float32"),
         (judge_open_files(with_n2(facts(open_files=256))), "FAIL", "n2", "may open 256 files", "ulimit -n"),
         (judge_tmp(with_n2(facts(tmp_free_gib=0.1))), "FAIL", "n2", "only 102 MiB are free", "--temp-dir"),
         (judge_tmp(with_n2(facts(tmp_free_gib=4))), "warn", "n2", "96 % used", "--temp-dir"),
@@ -149,6 +157,7 @@ def test_what_is_wrong_names_the_node_the_finding_and_a_remedy(
         judge_versions(VERSIONS, {"n1": VERSIONS, "n2": {**VERSIONS, "git": None, "CUDA driver": None}}),
         judge_memory(with_n2(facts(memory_gib=15.5)), host_memory_gib=16),
         shm(facts(shm_gib=4.5)),
+        judge_arithmetic(with_n2(facts())),
         judge_open_files(with_n2(facts())),
         judge_tmp(with_n2(facts())),
         judge_disk("/runs", free_bytes=33 * GIB, need=NEED),

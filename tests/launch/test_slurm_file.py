@@ -136,13 +136,29 @@ def test_the_job_trains_only_where_the_doctor_finds_nothing(
 
 def test_a_node_that_slurm_has_taken_from_the_job_is_had_again_by_queueing(tmp_path: Path) -> None:
     file = tmp_path / "calls"
-    with started_job(tmp_path, {"HANG": "1", "NODES": "localhost lost"}):
+    with started_job(tmp_path, {"HANG": "1", "NODES": "localhost lost", "SLURM_RESTART_COUNT": "1"}):
         deadline = time.monotonic() + 60
         while not file.exists() or "requeue" not in file.read_text():
             assert time.monotonic() < deadline, (tmp_path / "out").read_text()
             time.sleep(0.1)
-    [log] = tmp_path.glob("ray-workers-*.log")
-    assert "Slurm starts nothing on lost any more" in log.read_text()
+    assert "Slurm starts nothing on lost any more" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize(
+    ("node", "restarts", "has_lost"),
+    [("lost", "0", 0), ("lost", "9", 3), ("other", "1", 0)],
+    ids=["first start", "again and again", "a node that is there"],
+)
+def test_what_queueing_does_not_mend_is_left_to_the_driver(
+    tmp_path: Path, node: str, restarts: str, has_lost: int
+) -> None:
+    variables = {"HANG": "1", "NODES": f"localhost {node}", "SLURM_RESTART_COUNT": restarts}
+    variables["SLURM_JOB_ID"] = str(job_with_free_port())
+    (tmp_path / f"lost-nodes-{variables['SLURM_JOB_ID']}").write_text("lost\n" * has_lost)
+    with started_job(tmp_path, variables):
+        time.sleep(13)  # three tries, three seconds after each
+    assert "requeue" not in (tmp_path / "calls").read_text()
+    assert ("starts nothing on" in (tmp_path / "out").read_text()) == (node == "lost")
 
 
 def test_every_step_of_a_job_runs_in_its_image(tmp_path: Path) -> None:
