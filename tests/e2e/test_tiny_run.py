@@ -103,5 +103,5 @@ def test_engine_and_learner_agree_in_bfloat16_too(raylhf):
     run = raylhf.run("narrow", "model.dtype=bfloat16", "num_steps=3", "evaluation.num_samples=0")
     assert run.process.returncode == 0, run.story()
     for row in run.rows()[1:]:
-        assert row["mismatch/abs_dlogprob_mean"] < 0.05
+        assert 1e-4 < row["mismatch/abs_dlogprob_mean"] < 0.02  # 1e-7 in float32
         assert 0 < row["policy/grad_norm"] < 100
