@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylhf.cluster.actors import (
+    START,
     Identity,
     Launcher,
     Outcome,
@@ -167,9 +168,9 @@ class WorkerPool:
     def start_references(self) -> dict[str, Any]:
         """The open start-up calls by worker name, for a caller that waits for all of them."""
         return {
-            self.name(number): member.open_calls["start"]
+            self.name(number): member.open_calls[START]
             for number, member in self.members.items()
-            if "start" in member.open_calls
+            if START in member.open_calls
         }
 
     def poll(self) -> list[int]:
@@ -278,7 +279,7 @@ class WorkerPool:
         args, kwargs = self._arguments(number)
         actor = self._launcher.launch(number, *args, **kwargs)
         pulse = Pulse(suspect_after_s=SUSPECT_SHARE * self._silence_s, dead_after_s=self._silence_s)
-        calls = {"identity": actor.identity.remote(), "start": submit(actor, "start")}
+        calls = {"identity": actor.identity.remote(), START: submit(actor, START)}
         self._launches[number] += 1
         return Member(number, actor, pulse, time.monotonic(), open_calls=calls, launches=self._launches[number])
 
@@ -307,7 +308,7 @@ class WorkerPool:
             return outcome.reason
         if call == "identity":
             member.identity = outcome.value
-        elif call == "start":
+        elif call == START:
             member.children = tuple((outcome.value or {}).get("children", ()))
             member.pulse.apply(Event.STARTED)
             member.heard_of_at = time.monotonic()

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from raylhf.cluster.actors import ActorGroup, Identity, Launcher, WorkerError, gather
+from raylhf.cluster.actors import START, ActorGroup, Identity, Launcher, WorkerError, gather
 from raylhf.cluster.placement import RolePlacement, reserve
 from raylhf.cluster.pool import Loss, WorkerPool
 from raylhf.cluster.session import preflight
@@ -251,4 +251,4 @@ def _start_learners(config: AnyRunConfig, learners: ActorGroup, should_stop: Cal
     timeout_s = config.cluster.start_timeout_s
     identity, port = gather(calls, phase="rendezvous", timeout_s=timeout_s, should_stop=should_stop)
     assert isinstance(identity, Identity)
-    return learners.submit_all("start", identity.node_ip, port)
+    return learners.submit_all(START, identity.node_ip, port)

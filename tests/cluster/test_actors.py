@@ -32,3 +32,25 @@ def test_what_a_worker_prints_or_raises_reaches_its_log_without_secrets(tmp_path
     subprocess.run([sys.executable, "-c", program, str(log)], env=environment, timeout=60, check=False)
     assert "login with ***\n" in log.read_text() and "ValueError: ***\n" in log.read_text()
     assert "zebra" not in log.read_text()
+
+
+START_A_WORKER = """
+import asyncio, gc, sys
+from raylhf.cluster.actors import _AsyncHost, _Host
+class Worker:
+    def ping(self): pass
+    start = ping
+host = {"host": _Host, "async host": _AsyncHost}[sys.argv[1]](None, Worker, (), {})
+for method in ("ping", "start"):
+    answer = host.call(method)
+    if asyncio.iscoroutine(answer):
+        asyncio.run(answer)
+    print(gc.get_freeze_count() > 0)
+"""
+
+
+@pytest.mark.parametrize("host", ["host", "async host"])
+def test_garbage_collection_leaves_alone_what_a_worker_has_when_it_is_up(host):
+    command = [sys.executable, "-c", START_A_WORKER, host]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert printed.split() == ["False", "True"]
