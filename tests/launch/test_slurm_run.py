@@ -5,6 +5,7 @@ import json
 import stat
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -77,18 +78,23 @@ def until_queued_again(lab: SlurmLab, job: str, num_restarts: int) -> None:
     )
 
 
-def start_now(lab: SlurmLab, job: str, when: str = "now") -> None:
-    """Slurm waits two minutes before it starts a job again; not here."""
-    lab.run(["scontrol", "update", f"JobId={job}", f"StartTime={when}"])
+def starts_soon(lab: SlurmLab, job: str) -> bool:
+    """Whether a job runs or soon will: Slurm waits two minutes before it starts one again, here it waits ten seconds.
 
-
-def started_now(lab: SlurmLab, job: str) -> bool:
-    """Whether the job does not wait; one that does is started."""
-    if lab.job(job)["JobState"] != "PENDING":
+    No less, as late words about the former start then end the new one: within the same second its batch script's
+    credential counts as revoked, and a node that had been lost is taken away again.
+    """
+    state = lab.job(job)
+    soon = (datetime.now() + timedelta(seconds=15)).isoformat()
+    if state["JobState"] != "PENDING" or state["EligibleTime"] < soon:
         return True
     with contextlib.suppress(AssertionError):  # it starts at this moment
-        start_now(lab, job)
+        lab.run(["scontrol", "update", f"JobId={job}", "StartTime=now+10"])
     return False
+
+
+def until_started_again(lab: SlurmLab, job: str, which: str) -> None:
+    lab.until(lambda: starts_soon(lab, job) and lab.job(job)["JobState"] != "PENDING", which, timeout_s=90)
 
 
 def is_over(lab: SlurmLab, job: str) -> bool:
@@ -104,21 +110,20 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: Slur
     secret = tokens[0].read_text()
     lab.run(["scancel", "--batch", "--signal=USR1", job])
     until_queued_again(lab, job, 1)
-    start_now(lab, job)
     saved = step_of(run)
     assert 2 <= saved < NUM_STEPS
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
 
+    until_started_again(lab, job, "second start")
     until_step(lab, run, saved + 1)
     node = lab.job(job)["NodeList"].removeprefix("node[").split(",")[-1].split("-")[-1].rstrip("]")
     lab.kill_node(f"node{node}")  # the last of the job's nodes, on which the driver is not
     until_queued_again(lab, job, 2)
     lab.start_node(f"node{node}")
     lab.until(lambda: lab.num_idle() == len(lab.nodes), "idle nodes", timeout_s=60)
-    start_now(lab, job, "now+10")  # some time, as Slurm gives it, for late words about the start before
-    lab.until(lambda: lab.job(job)["JobState"] != "PENDING", "third start", timeout_s=60)
-    # Such a word may yet take the node from this start: then there is another.
-    lab.until(lambda: started_now(lab, job) and is_over(lab, job), "end of the job", timeout_s=600)
+    until_started_again(lab, job, "third start")
+    # A late word may yet take the node from this start: then there is another.
+    lab.until(lambda: starts_soon(lab, job) and is_over(lab, job), "end of the job", timeout_s=600)
     print(output_of(run))
     assert lab.job(job)["JobState"] == "COMPLETED"
     assert [row["step"] for row in rows_of(run)] == list(range(NUM_STEPS + 1))
