@@ -60,10 +60,10 @@ SETTINGS = {
 }
 LORA = "learner.lora={rank: 16, alpha: 32}"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "PPO, ZeRO-0": ("quickstart", ("learner.zero_stage=0", "learner.micro_batch_tokens=640")),
+    "PPO, ZeRO-0": ("quickstart", ("learner.zero_stage=0", "learner.micro_batch_tokens=656")),
     "PPO, ZeRO-2, LoRA, 2 ranks": (
         "quickstart",
-        ("learner.zero_stage=2", "learner.micro_batch_tokens=640", LORA, "learner.num_ranks=2"),
+        ("learner.zero_stage=2", "learner.micro_batch_tokens=656", LORA, "learner.num_ranks=2"),
     ),
     "DPO, ZeRO-1": ("preference_dpo", ("learner.zero_stage=1", "learner.micro_batch_tokens=640")),
     "DPO, ZeRO-2, 320 tokens in a pass": ("preference_dpo", ("learner.zero_stage=2", "learner.micro_batch_tokens=320")),
@@ -116,7 +116,8 @@ def stored(name: str, output: Path) -> dict[str, Any] | None:
 def write_texts(folder: Path) -> dict[str, Path]:
     """Prompts of 100 tokens with the chat template's, and pairs longer than any limit here."""
     words = "time water place world house point hand part year week"
-    prompts = [{"prompt": " ".join([*words.split()] * 7)} for _ in range(32)]
+    # A number first: equal prompts would share one copy.
+    prompts = [{"prompt": " ".join([str(number), *(words.split() * 7)[:68]])} for number in range(10, 42)]
     long = " ".join([*words.split()] * 30)
     pairs = [{"prompt": f"Question {i}", "chosen": f"{i} {long}", "rejected": f"No {i} {long}"} for i in range(16)]
     files = {}

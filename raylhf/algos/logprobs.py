@@ -4,7 +4,7 @@ Policy, old policy and reference must all use the temperature that the response 
 the ratio compare distributions that nobody sampled from.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 # exp(-200) is 0 in fp32, so raising log-probabilities to this floor leaves every p * log p as it is.
 _LOGPROB_FLOOR = -200.0
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # what a cache holds; enough for every core of a GPU
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
@@ -34,12 +35,14 @@ def logprobs_and_entropy_from_hidden(
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` [N] and `entropy` [N] of linear(hidden, lm_head_weight), without ever holding [N, V] logits.
 
-    hidden [N, D], lm_head_weight [V, D], tokens [N] (long). At most [chunk_size, V] logits exist at a time: each chunk
-    is computed again in the backward pass. Select the response positions before flattening, so that no logits are spent
-    on prompts and padding. The product runs in the weight's dtype; pass an fp32 weight for an fp32 head. The weight
-    must still hold its values in the backward pass (under ZeRO-3: stay gathered until then).
+    hidden [N, D], lm_head_weight [V, D], tokens [N] (long). At most [chunk_size, V] logits exist at a time: the last
+    chunk is kept for the backward pass, the others are computed again in it. Select the response positions before
+    flattening, so that no logits are spent on prompts and padding. The product runs in the weight's dtype; pass an fp32
+    weight for an fp32 head. The weight must still hold its values in the backward pass (under ZeRO-3: stay gathered
+    until then).
     """
-    return _ChunkedLogprobs.apply(hidden, lm_head_weight, tokens, temperature, chunk_size)  # type: ignore[return-value]
+    fixed = (temperature, chunk_size, torch.is_grad_enabled())
+    return _ChunkedLogprobs.apply(hidden, lm_head_weight, tokens, *fixed)  # type: ignore[return-value]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -48,55 +51,85 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk_size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        chunk_size: int,
+        keeps_last: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        parts = [
-            (_gather(log_probs, own), -torch.linalg.vecdot(log_probs.exp(), log_probs))
-            for log_probs, own in _chunks(hidden, weight, tokens, temperature, chunk_size)
-        ]
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        logprobs = torch.empty(len(tokens), device=hidden.device)
+        entropies, log_probs = torch.empty_like(logprobs), None
+        for part in _parts(len(tokens), chunk_size):
+            log_probs = None  # before the next ones are there
+            log_probs = _log_probs(hidden[part], weight, temperature)
+            logprobs[part] = _gather(log_probs, tokens[part])
+            for rows in _blocks(log_probs):
+                block = log_probs[rows]
+                entropies[part][rows] = -torch.linalg.vecdot(block.exp(), block)
+        ctx.last = log_probs if keeps_last else None
+        return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens = ctx.saved_tensors
+        last, ctx.last = ctx.last, None  # it is changed below: another backward pass computes its own
         if torch.is_grad_enabled():  # the gradient is differentiated itself
-            return (*_differentiable_slopes(hidden, weight, tokens, ctx.temperature, slopes), None, None, None)
+            return (*_differentiable_slopes(hidden, weight, tokens, ctx.temperature, slopes), None, None, None, None)
         of_logprobs, of_entropies = slopes
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        start = 0
-        for log_probs, own in _chunks(hidden, weight, tokens, ctx.temperature, ctx.chunk_size):
-            part = slice(start, start + len(own))
-            start += len(own)
+        for part in reversed(_parts(len(tokens), ctx.chunk_size)):  # the kept one goes first
+            log_probs = _log_probs(hidden[part], weight, ctx.temperature) if last is None else last
+            last = None
+            own = tokens[part]
             scale = torch.zeros_like(own, dtype=torch.float32) if of_logprobs is None else of_logprobs[part]
             scale = scale[:, None] / ctx.temperature
-            if of_entropies is None:
-                grad = log_probs.exp_().mul_(-scale)
-            else:
-                probs = log_probs.exp()
-                entropies = -torch.linalg.vecdot(probs, log_probs)[:, None]
-                # -p (log p + H) by the entropy's slope, and -p by that of the log-probability.
-                grad = log_probs.add_(entropies).mul_(of_entropies[part, None] / -ctx.temperature)
-                grad = grad.sub_(scale).mul_(probs)
-            grad = grad.scatter_add_(1, own[:, None], scale).to(weight.dtype)
+            bonus = None if of_entropies is None else of_entropies[part, None] / -ctx.temperature
+            _to_slopes(log_probs, scale, bonus)
+            grad = log_probs.scatter_add_(1, own[:, None], scale).to(weight.dtype)
             if hidden_grad is not None:
                 hidden_grad[part] = (grad @ weight).to(hidden.dtype)
             if weight_grad is not None:
                 weight_grad.addmm_(grad.T, hidden[part].to(weight.dtype))
-        return hidden_grad, weight_grad, None, None, None
+            del log_probs, grad  # before the next ones are there
+        return hidden_grad, weight_grad, None, None, None, None
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities [chunk, V] and tokens [chunk], one chunk after the other."""
-    for part, own in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
-        logits = linear(part.to(weight.dtype), weight).float()
-        yield torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), dim=-1), own
+def _to_slopes(log_probs: Tensor, scale: Tensor, bonus: Tensor | None) -> None:
+    """Make of log_probs [chunk, V], in place, the gradient of the logits but for the token's own: -p by the slope of
+    the log-probability (`scale` [chunk, 1]), and p (log p + H) by `bonus` [chunk, 1], minus the entropy's."""
+    for rows in _blocks(log_probs):
+        block = log_probs[rows]
+        if bonus is None:
+            block.exp_().mul_(-scale[rows])
+            continue
+        probs = block.exp()
+        entropies = -torch.linalg.vecdot(probs, block)[:, None]
+        block.add_(entropies).mul_(bonus[rows]).sub_(scale[rows]).mul_(probs)
+
+
+def _log_probs(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Of one chunk, in float32 [chunk, V]."""
+    logits = linear(hidden.to(weight.dtype), weight).float()
+    for rows in _blocks(logits):
+        block = logits[rows]
+        block.copy_(torch.log_softmax(block if temperature == 1 else block.div_(temperature), dim=-1))
+    return logits
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    """Slices of `size`; an empty one if there is nothing."""
+    return [slice(start, start + size) for start in range(0, max(length, 1), size)]
+
+
+def _blocks(chunk: Tensor) -> list[slice]:
+    """Rows of a chunk [N, V] that are worked on at a time: what is made on the way is small, and soon free again."""
+    return _parts(len(chunk), max(1, _BLOCK_ELEMENTS[chunk.device.type] // chunk.shape[1]))
 
 
 def _differentiable_slopes(

@@ -30,14 +30,18 @@ BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size: gradients travel through a buffer of so many elements."""
 REUSE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance: a gathered weight that is used again within so many elements stays."""
-LOGIT_COPIES = {"forward": 4.0, "backward": 3.0, "backward with entropy": 5.0}
-"""float32 tensors as large as a chunk's logits that are alive at once in a pass (raylhf/algos/logprobs.py)."""
+LOGIT_COPIES = {4: 1.25, 2: 1.5}
+"""float32 tensors as large as a chunk's logits that are alive at once in a pass, by bytes of a stored number: the
+float32 ones, beside what their product works with, or those in half precision (raylhf/algos/logprobs.py)."""
+KL_LOGIT_COPIES = 6.0
+"""The same where the KL over the whole vocabulary is computed."""
 SUBGROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's sub_group_size: stage 3 steps so many elements at a time."""
 HEAP_HOLES = 0.3 * GIB
 """What glibc's heap loses between the tensors of a pass: 0.2 to 0.5 GiB were measured (docs/planning.md)."""
 LORA_HOLES = 0.6
-"""What it loses more with LoRA, by bytes of activations: its layers make three tensors for each that is kept."""
+"""What it loses more with LoRA, by bytes of the layers' activations, kept or computed again: its layers make three
+tensors for each that is kept."""
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc takes smaller blocks from its heap, which does not shrink while anything above lives."""
 SEND_BUCKET = {"gloo": 16.0 * 2**20, "nccl": 3.0 * GIB}
@@ -112,7 +116,7 @@ def estimate_learner(config: AnyRunConfig, policy: Architecture, critic: Archite
         working = held | _gradients(config, model)
         what = (model.prefix or "policy ").strip()
         training = _pass(config, model, is_training=True)
-        phases.append(_phase(config, f"{what} update", working | training | _kept_in_pass(config, models, training)))
+        phases.append(_phase(config, f"{what} update", working | training | _kept_in_pass(config, models, model)))
         phases.append(_phase(config, f"{what} optimizer step", held | _stepping(config, model) | kept))
     if isinstance(config, RunConfig):
         phases.append(_phase(config, "weight sync", held | _sending(config, policy) | kept))
@@ -208,16 +212,18 @@ def _pass(config: AnyRunConfig, model: Trained, *, is_training: bool) -> dict[st
 
 def _logits_bytes(config: AnyRunConfig, model: Trained, *, is_training: bool) -> float:
     """Of one chunk of positions; in the backward pass beside the output layer's gradient, unless that is frozen."""
-    objective = config.objective
-    chunk = 4.0 * min(config.learner.logprob_chunk, positions_in_pass(config)) * model.shape.vocab
-    forward = LOGIT_COPIES["forward"] * chunk
-    if not is_training:
-        return forward
-    has_entropy = isinstance(objective, PPOConfig) and objective.entropy_coef > 0
-    backward = LOGIT_COPIES["backward with entropy" if has_entropy else "backward"] * chunk
-    if config.learner.lora is None:
-        backward += BYTES[config.model.dtype] * model.shape.embedding_parameters
-    return max(forward, backward)
+    width, objective = BYTES[config.model.dtype], config.objective
+    copies = LOGIT_COPIES[width]
+    if (
+        is_training
+        and isinstance(objective, PreferenceConfig | OnlineDPOConfig)
+        and Need.FULL_VOCABULARY_KL in LOSSES[objective.loss.kind].needs
+    ):
+        copies = KL_LOGIT_COPIES
+    logits = copies * 4.0 * min(config.learner.logprob_chunk, positions_in_pass(config)) * model.shape.vocab
+    if is_training and config.learner.lora is None:
+        logits += width * model.shape.embedding_parameters
+    return logits
 
 
 @dataclass(frozen=True)
@@ -288,12 +294,13 @@ def _kept_always(config: CommonConfig, models: tuple[Trained, ...]) -> dict[str,
     return {KEPT: kept}
 
 
-def _kept_in_pass(config: CommonConfig, models: tuple[Trained, ...], training: Mapping[str, float]) -> dict[str, float]:
-    """The same in a forward and backward pass."""
+def _kept_in_pass(config: AnyRunConfig, models: tuple[Trained, ...], model: Trained) -> dict[str, float]:
+    """The same in a forward and backward pass of one of them."""
     always = _kept_always(config, models)
     if not always or config.learner.lora is None:
         return always
-    return {KEPT: always[KEPT] + LORA_HOLES * training["activations"]}
+    made = _training_layers(config, model.shape) * activation_bytes(config, model.shape).one_layer
+    return {KEPT: always[KEPT] + LORA_HOLES * made}
 
 
 def _kept_after_passes(config: AnyRunConfig, models: tuple[Trained, ...]) -> dict[str, float]:
@@ -305,7 +312,7 @@ def _kept_after_passes(config: AnyRunConfig, models: tuple[Trained, ...]) -> dic
     sizes = [0.0]
     for model in models:
         items = _pass(config, model, is_training=True)
-        size = _kept_in_pass(config, models, items)[KEPT] - always[KEPT]
+        size = _kept_in_pass(config, models, model)[KEPT] - always[KEPT]
         if BYTES[config.model.dtype] * tokens_in_pass(config) * model.shape.intermediate < HEAP_BLOCK_BYTES:
             size += items["activations"]
         if learner.zero_stage in (1, 2) and passes_per_minibatch(config) > 1:

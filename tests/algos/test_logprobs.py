@@ -1,8 +1,10 @@
+import gc
 import math
 
 import pytest
 import torch
 
+from raylhf.algos import logprobs as logprobs_module
 from raylhf.algos.logprobs import entropy, logprobs_and_entropy_from_hidden, token_logprobs
 
 
@@ -45,7 +47,9 @@ def test_forbidden_tokens_leave_entropy_and_its_gradient_finite():
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
 @pytest.mark.parametrize("trains_hidden", [True, False])
-def test_chunked_head_equals_full_logits_including_gradients(chunk_size, trains_hidden):
+@pytest.mark.parametrize("block_rows", [1, 2, 100])
+def test_chunked_head_equals_full_logits_including_gradients(chunk_size, trains_hidden, block_rows, monkeypatch):
+    monkeypatch.setitem(logprobs_module._BLOCK_ELEMENTS, "cpu", 11 * block_rows)
     torch.manual_seed(0)
     hidden, weight, tokens = torch.randn(7, 4), torch.randn(11, 4), torch.randint(11, (7,))
 
@@ -65,13 +69,33 @@ def test_chunked_head_equals_full_logits_including_gradients(chunk_size, trains_
     torch.testing.assert_close(run(chunked), run(full))
 
 
-def test_chunked_head_saves_no_logits_for_the_backward_pass():
-    saved_sizes = []
+def test_a_second_backward_pass_computes_its_own_logits():
+    # The first one makes gradients of the kept ones, in their place.
+    torch.manual_seed(0)
+    hidden, weight, tokens = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4), torch.randint(11, (5,))
+    logprobs, entropies = logprobs_and_entropy_from_hidden(hidden, weight, tokens, temperature=0.7, chunk_size=3)
+    loss = logprobs.square().sum() + entropies.sum()
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(second, first)
+
+
+@pytest.mark.parametrize(("is_training", "most"), [(True, 1), (False, 0)])
+def test_chunked_head_keeps_no_more_than_a_chunk_of_logits(is_training, most):
+    def chunks_alive() -> int:
+        tensors = (each for each in gc.get_objects() if type(each) is torch.Tensor)
+        return sum(each.shape == (8, 1000) for each in tensors)
+
     hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_sizes.append(t.numel()) or t, lambda t: t):
-        tokens = torch.zeros(64, dtype=torch.long)
-        logprobs_and_entropy_from_hidden(hidden, weight, tokens, temperature=1.0, chunk_size=8)
-    assert max(saved_sizes, default=0) <= weight.numel() < 8 * 1000
+    tokens = torch.zeros(64, dtype=torch.long)
+    with torch.set_grad_enabled(is_training):
+        results = logprobs_and_entropy_from_hidden(hidden, weight, tokens, temperature=1.0, chunk_size=8)
+    kept = getattr(results[0].grad_fn, "last", torch.empty(0))
+    assert kept.shape == ((8, 1000) if is_training else (0,))
+    assert chunks_alive() == most
+    if is_training:
+        del kept
+        torch.cat(results).sum().backward()
+        assert chunks_alive() == 0
 
 
 def test_chunked_head_of_no_tokens_is_empty_and_still_differentiable():
