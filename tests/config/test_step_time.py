@@ -36,7 +36,13 @@ def test_a_forward_pass_by_hand():
 
 @pytest.mark.parametrize(
     ("changes", "layers", "head"),
-    [({}, 3, 4), ({"learner.gradient_checkpointing": True}, 4, 4), ({"learner.lora": {"rank": 2}}, 2, 3)],
+    [
+        ({}, 3, 3),
+        ({"learner.gradient_checkpointing": True}, 4, 3),
+        ({"learner.lora": {"rank": 2}}, 2, 2),
+        # Of a pass of 20 tokens, two rows, 8 predict a response token; the last 2 of them are not computed again.
+        ({"learner.logprob_chunk": 2, "learner.micro_batch_tokens": 20}, 3, 3.75),
+    ],
 )
 def test_training_costs_three_forward_passes_and_what_is_computed_again(build, changes, layers, head):
     config = build(changes | {"data.max_prompt_tokens": 6, "rollout.sampling": {"max_response_tokens": 4}})

@@ -157,7 +157,11 @@ def test_what_queueing_does_not_mend_is_left_to_the_driver(
     variables["SLURM_JOB_ID"] = str(job_with_free_port())
     (tmp_path / f"lost-nodes-{variables['SLURM_JOB_ID']}").write_text("lost\n" * has_lost)
     with started_job(tmp_path, variables):
-        time.sleep(3)  # three tries, and what follows
+        deadline = time.monotonic() + 60
+        while node == "lost" and "starts nothing on" not in (tmp_path / "out").read_text():
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        time.sleep(2)  # for what follows: nothing
     assert "requeue" not in (tmp_path / "calls").read_text()
     assert ("starts nothing on" in (tmp_path / "out").read_text()) == (node == "lost")
 

@@ -1,10 +1,9 @@
 """`raylhf launch slurm` on a real Slurm whose nodes are namespaces of this machine."""
 
-import contextlib
 import json
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -78,27 +77,25 @@ def until_queued_again(lab: SlurmLab, job: str, num_restarts: int) -> None:
     )
 
 
-def starts_soon(lab: SlurmLab, job: str) -> bool:
-    """Whether a job runs or soon will: Slurm waits two minutes before it starts one again, here it waits ten seconds.
+def hastened(lab: SlurmLab, job: str) -> dict[str, str]:
+    """What Slurm says of a job. One that waits two minutes to be started again is told to wait ten seconds.
 
     No less, as late words about the former start then end the new one: within the same second its batch script's
     credential counts as revoked, and a node that had been lost is taken away again.
     """
     state = lab.job(job)
     soon = (datetime.now() + timedelta(seconds=15)).isoformat()
-    if state["JobState"] != "PENDING" or state["EligibleTime"] < soon:
-        return True
-    with contextlib.suppress(AssertionError):  # it starts at this moment
+    if state["JobState"] == "PENDING" and state["EligibleTime"] > soon:
         lab.run(["scontrol", "update", f"JobId={job}", "StartTime=now+10"])
-    return False
+    return state
 
 
 def until_started_again(lab: SlurmLab, job: str, which: str) -> None:
-    lab.until(lambda: starts_soon(lab, job) and lab.job(job)["JobState"] != "PENDING", which, timeout_s=90)
+    lab.until(lambda: hastened(lab, job)["JobState"] != "PENDING", which, timeout_s=90)
 
 
-def is_over(lab: SlurmLab, job: str) -> bool:
-    return lab.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+def is_over(state: Mapping[str, str]) -> bool:
+    return state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: SlurmLab, tmp_path: Path) -> None:
@@ -123,7 +120,7 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_loss_of_a_node(lab: Slur
     lab.until(lambda: lab.num_idle() == len(lab.nodes), "idle nodes", timeout_s=60)
     until_started_again(lab, job, "third start")
     # A late word may yet take the node from this start: then there is another.
-    lab.until(lambda: starts_soon(lab, job) and is_over(lab, job), "end of the job", timeout_s=600)
+    lab.until(lambda: is_over(hastened(lab, job)), "end of the job", timeout_s=600)
     print(output_of(run))
     assert lab.job(job)["JobState"] == "COMPLETED"
     assert [row["step"] for row in rows_of(run)] == list(range(NUM_STEPS + 1))
@@ -152,12 +149,12 @@ def test_rollouts_have_nodes_of_their_own_and_a_second_job_adds_and_takes_away_o
         lab.until(lambda: workers_of(run)[-1:] == [2], "second rollout worker", timeout_s=400)
         lab.run(["scancel", "--batch", "--signal=USR1", second])
         lab.until(lambda: workers_of(run)[-1:] == [1], "single rollout worker", timeout_s=120)
-        lab.until(lambda: is_over(lab, second), "end of the second job", timeout_s=120)
+        lab.until(lambda: is_over(lab.job(second)), "end of the second job", timeout_s=120)
         assert lab.job(second)["JobState"] == "COMPLETED"
         step = step_of(run)
         until_step(lab, run, step + 3)
         lab.run(["scancel", job])
-        lab.until(lambda: is_over(lab, job), "end of the first job", timeout_s=120)
+        lab.until(lambda: is_over(lab.job(job)), "end of the first job", timeout_s=120)
     except AssertionError:
         print(output_of(run))
         raise
