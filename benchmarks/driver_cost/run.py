@@ -92,7 +92,8 @@ def main() -> None:
 def measure_all(counts: Sequence[int], *, num_prompts: int) -> list[dict[str, float]]:
     """The driver's cost with each number of rollout workers, on a Ray of its own."""
     rows = []
-    with ray_session(ClusterConfig(cpus_per_node=2), env=ENVIRONMENT):
+    # Workers import this module by its name where another script has imported it.
+    with ray_session(ClusterConfig(cpus_per_node=2), env=ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[1])}):
         for count in counts:
             rows.append(measure(count, num_prompts))
             print(rows[-1], flush=True)
