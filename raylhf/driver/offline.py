@@ -12,7 +12,7 @@ from raylhf.config.run import OfflineRunConfig, RewardModelRunConfig
 from raylhf.driver.checkpoints import commit_checkpoint, require_files, writing_checkpoint
 from raylhf.driver.exports import exporting
 from raylhf.driver.fingerprint import fixed_settings
-from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
+from raylhf.driver.job import Checkpoint, RunContext, environment_of
 from raylhf.driver.report import print_offline_report
 from raylhf.driver.roles import prepare_offline
 from raylhf.driver.timing import timed
@@ -52,7 +52,10 @@ class OfflineJob:
         config, tracker = self._config, context.tracker
         timeout_s = config.cluster.step_timeout_s
         port = config.tracking.prometheus_port
-        with ray_session(config.cluster, env=ENVIRONMENT, prometheus_port=port), exporting(config.name, tracker):
+        with (
+            ray_session(config.cluster, env=environment_of(config), prometheus_port=port),
+            exporting(config.name, tracker),
+        ):
             tracker.set_phase("waiting for the nodes")
             await_nodes(config.cluster, should_stop=context.should_stop)
             tracker.set_phase("preparing the model")

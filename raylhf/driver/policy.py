@@ -10,7 +10,7 @@ from raylhf.driver.batches import BatchQueue
 from raylhf.driver.crash import LOG_FOLDER, CrashReporter, Moment
 from raylhf.driver.exports import exporting, live_values
 from raylhf.driver.fingerprint import fixed_settings, prompts_digest
-from raylhf.driver.job import ENVIRONMENT, Checkpoint, RunContext
+from raylhf.driver.job import Checkpoint, RunContext, environment_of
 from raylhf.driver.ledger import Ledger
 from raylhf.driver.ppo import Run, load_learners, restore_driver, state_of, train_ppo
 from raylhf.driver.report import print_report
@@ -37,7 +37,7 @@ class PolicyJob:
         port = config.tracking.prometheus_port
         context.tracker.set_phase("starting Ray")
         with (
-            ray_session(config.cluster, env=ENVIRONMENT, prometheus_port=port),
+            ray_session(config.cluster, env=environment_of(config), prometheus_port=port),
             exporting(config.name, context.tracker) as gauges,
         ):
             context.tracker.set_phase("waiting for the nodes")
