@@ -59,8 +59,12 @@ def test_chunked_head_equals_full_logits_including_gradients(
     def run(compute):
         leaves = hidden.clone().requires_grad_(trains_hidden), weight.clone().requires_grad_()
         logprobs, entropies = compute(*leaves)
-        loss = by_logprob * logprobs.square().sum() if by_logprob else 0
-        (loss + by_entropy * entropies.sum() if by_entropy else loss).backward()
+        loss = torch.zeros(())
+        if by_logprob:
+            loss = loss + by_logprob * logprobs.square().sum()
+        if by_entropy:
+            loss = loss + by_entropy * entropies.sum()
+        loss.backward()
         return logprobs, entropies, leaves[0].grad, leaves[1].grad
 
     def full(hidden, weight):
@@ -79,10 +83,9 @@ def test_gradients_in_bfloat16_are_those_of_float32_up_to_its_rounding(chunk_siz
     hidden, weight, tokens = torch.randn(7, 4).bfloat16(), torch.randn(11, 4).bfloat16(), torch.randint(11, (7,))
 
     def gradients(dtype):
-        leaves = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        results = logprobs_and_entropy_from_hidden(*leaves, tokens, temperature=0.7, chunk_size=chunk_size)
-        torch.cat(results).sum().backward()
-        return [leaf.grad.float() for leaf in leaves]
+        leaves = [each.to(dtype, copy=True).requires_grad_() for each in (hidden, weight)]
+        results = logprobs_and_entropy_from_hidden(leaves[0], leaves[1], tokens, temperature=0.7, chunk_size=chunk_size)
+        return [slope.float() for slope in torch.autograd.grad(torch.cat(results).sum(), leaves)]
 
     torch.testing.assert_close(gradients(torch.bfloat16), gradients(torch.float32), rtol=0.02, atol=0.05)
 
