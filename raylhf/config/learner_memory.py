@@ -34,7 +34,7 @@ LOGIT_COPIES = {4: 1.25, 2: 1.5}
 """float32 tensors as large as a chunk's logits that are alive at once in a pass, by bytes of a stored number: the
 float32 ones, beside what their product works with, or those in half precision (raylhf/algos/logprobs.py)."""
 KL_LOGIT_COPIES = 6.0
-"""The same where the KL over the whole vocabulary is computed (5.9 measured: the policy's, the reference's and the terms)."""
+"""The same where the KL over the whole vocabulary is computed (5.9 measured)."""
 SUBGROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's sub_group_size: stage 3 steps so many elements at a time."""
 HEAP_HOLES = 0.3 * GIB
